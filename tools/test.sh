@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs lint, types and the tests. Arguments go to pytest:
+#
+#   tools/test.sh                 everything a machine without a GPU can run
+#   tools/test.sh -m gpu          the GPU tests alone
+#   tools/test.sh tests/mlp -x    a part of it
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+MEGASPARSE_EXTRAS=dev source tools/environment.sh
+
+ruff check .
+mypy
+exec python -m pytest "$@"
