@@ -1,0 +1,1 @@
+"""The training loop: data, optimizer, schedules, checkpoints, signals, and the callbacks that watch it."""
