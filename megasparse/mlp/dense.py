@@ -1,0 +1,146 @@
+"""The MLP with dense products, forward and backward written out, as torch operators.
+
+    a = x W_in^T      g = relu(a[:, :H])      u = a[:, H:]      h = g * u      y = h W_down        (gated)
+    a = x W_in^T      h = relu(a)                                              y = h W_down        (non-gated)
+
+Gate and up are one product in each direction. Saved for the backward: `a` (2 H or H numbers a token); the
+backward recomputes g and h from it in the pass that forms da. It is the reference of the kernels, what runs
+where they cannot, and what runs where a layer is not sparse enough to pay.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasparse.mlp import dense_elementwise as elementwise
+
+
+def _accumulate_product(main: Tensor, a: Tensor, b: Tensor) -> None:
+    """main += a @ b, `main` fp32; accumulates in fp32 without a temporary where the device's GEMM can."""
+    if main.dtype == a.dtype:
+        main.addmm_(a, b)
+    elif a.is_cuda:
+        torch.ops.aten.addmm.dtype_out(main, a, b, main.dtype, out=main)
+    else:
+        main.add_(a @ b)
+
+
+def weight_gradient(a: Tensor, b: Tensor, main: Tensor | None) -> Tensor:
+    """a^T b, or add it to `main` and return an empty tensor (an operator cannot return None)."""
+    if main is None:
+        return a.t() @ b
+    _accumulate_product(main, a.t(), b)
+    return a.new_empty(0)
+
+
+@torch.library.custom_op("megasparse::mlp_dense_forward", mutates_args=())
+def dense_forward(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    save: bool,
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H], a or empty.
+
+    `counts` holds tokens, active, union, tiles as in `MLPStats`.
+    `main_w_in` and `main_w_down` are not read: they only travel to the backward.
+    """
+    hidden = w_down.shape[0]
+    a = x @ w_in.t()
+    h, l1, counts, fired = elementwise.forward(a, hidden, token_mask)
+    return h @ w_down, l1, counts, fired, a if save else a.new_empty(0)
+
+
+@dense_forward.register_fake
+def _(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    save: bool,
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, l1, counts, fired = fake_outputs(x, w_down)
+    return y, l1, counts, fired, x.new_empty(x.shape[0], w_in.shape[0]) if save else x.new_empty(0)
+
+
+def fake_outputs(x: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised y, l1, counts, fired: shapes and types that both paths return."""
+    l1 = x.new_empty((), dtype=elementwise.sum_dtype(x.dtype))
+    counts = x.new_empty(4, dtype=torch.int64)
+    return x.new_empty(x.shape), l1, counts, x.new_empty(w_down.shape[0], dtype=torch.bool)
+
+
+@torch.library.custom_op("megasparse::mlp_dense_backward", mutates_args=("main_w_in", "main_w_down"))
+def dense_backward(
+    dy: Tensor | None,
+    dl1: Tensor | None,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    a: Tensor,
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients dx, dw_in, dw_down; given main gradients, adds to them and returns the latter two empty."""
+    hidden = w_down.shape[0]
+    if dy is None:
+        dy = torch.zeros_like(x)
+    dy = dy.contiguous()
+    dh = dy @ w_down.t()
+    h, da = elementwise.backward(a, hidden, dh, dl1, token_mask)
+    del dh
+    dw_down = weight_gradient(h, dy, main_w_down)
+    del h
+    return da @ w_in, weight_gradient(da, x, main_w_in), dw_down
+
+
+@dense_backward.register_fake
+def _(
+    dy: Tensor | None,
+    dl1: Tensor | None,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    a: Tensor,
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(x, w_in, w_down, main_w_in, main_w_down)
+
+
+def fake_gradients(
+    x: Tensor, w_in: Tensor, w_down: Tensor, main_w_in: Tensor | None, main_w_down: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised dx, dw_in, dw_down: shapes and types that both paths return."""
+    dw_in = w_in.new_empty(w_in.shape) if main_w_in is None else w_in.new_empty(0)
+    dw_down = w_down.new_empty(w_down.shape) if main_w_down is None else w_down.new_empty(0)
+    return x.new_empty(x.shape), dw_in, dw_down
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_in, w_down, token_mask, _, main_w_in, main_w_down = inputs
+    a = output[4]
+    ctx.mark_non_differentiable(a)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w_in, w_down, token_mask, a)
+    # Not saved tensors: other micro-batches add to them between this forward and its backward.
+    ctx.main_grads = (main_w_in, main_w_down)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, w_in, w_down, token_mask, a = ctx.saved_tensors
+    main_w_in, main_w_down = ctx.main_grads
+    dx, dw_in, dw_down = dense_backward(dy, dl1, x, w_in, w_down, token_mask, a, main_w_in, main_w_down)
+    added = main_w_in is not None
+    return dx, None if added else dw_in, None if added else dw_down, None, None, None, None
+
+
+dense_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,99 @@
+"""The public function: one tensor-parallel rank's ReLU MLP, by dense products or by the sparse kernels."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megasparse.mlp.dense import dense_forward
+from megasparse.mlp.types import MainGrads, MLPOutput, MLPStats
+
+Path = Literal["dense", "sparse"]
+
+
+def sparse_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    *,
+    token_mask: Tensor | None = None,
+    path: Path = "dense",
+    order: Tensor | None = None,
+    main_grads: MainGrads | None = None,
+) -> MLPOutput:
+    """Apply the ReLU MLP and return its output, the L1 sum of its hidden activations, and statistics.
+
+    Args:
+        x: [..., D], fp64, fp32 or bf16.
+        w_in: [2 H, D], rows of the gate, then rows of the up product (`h = relu(x Wg^T) * (x Wu^T)`), or [H, D]
+            (non-gated: `h = relu(x W_in^T)`); same type as x.
+        w_down: [H, D], one row per neuron (the transpose of `torch.nn.Linear`'s): `y = h W_down`.
+        token_mask: bool of x's leading shape, True where the token counts; the others are computed but count neither
+            in `l1` (value or gradient) nor in the statistics. None: all count.
+        path: "dense" runs dense products; "sparse" computes only what active neurons need. Both are exact.
+        order: int32 [H] permutation, most frequently active neuron first: makes the sparse path's weight gradients
+            cheaper (see `LayerRouter`); results depend on it by rounding only. None: natural.
+        main_grads: fp32 buffers to add the weight gradients to; autograd then gets none for the weights.
+
+    Returns:
+        `MLPOutput`. The gradient of its `l1`, times sign(h), is added to the gradient of h in the backward.
+
+    Raises:
+        ValueError: for shapes, types or devices that do not fit together.
+    """
+    _check(x, w_in, w_down, token_mask, path, order, main_grads)
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    mask = None if token_mask is None else token_mask.reshape(-1)
+    save = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_down.requires_grad)
+    main_w_in, main_w_down = main_grads if main_grads is not None else (None, None)
+    y, l1, counts, fired, *_ = dense_forward(tokens, w_in, w_down, mask, save, main_w_in, main_w_down)
+    stats = MLPStats(counts[0], counts[1], fired, counts[2], counts[3])
+    return MLPOutput(y.view(x.shape), l1, stats)
+
+
+def _check(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    path: str,
+    order: Tensor | None,
+    main_grads: MainGrads | None,
+) -> None:
+    if path not in ("dense", "sparse"):
+        raise ValueError(f"sparse_mlp: path is {path!r}; it must be 'dense' or 'sparse'")
+    if x.dim() < 1 or w_in.dim() != 2 or w_down.dim() != 2:
+        raise ValueError(
+            "sparse_mlp: x must be [..., D] and the weights two-dimensional; got "
+            f"x {tuple(x.shape)}, w_in {tuple(w_in.shape)}, w_down {tuple(w_down.shape)}"
+        )
+    hidden, width = w_down.shape
+    if x.shape[-1] != width or w_in.shape[1] != width or w_in.shape[0] not in (hidden, 2 * hidden):
+        raise ValueError(
+            f"sparse_mlp: w_down [H, D] is {tuple(w_down.shape)}, so x must be [..., {width}] and w_in "
+            f"[{2 * hidden}, {width}] (gated) or [{hidden}, {width}]; got x {tuple(x.shape)}, "
+            f"w_in {tuple(w_in.shape)}"
+        )
+    for name, tensor in (("w_in", w_in), ("w_down", w_down)):
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"sparse_mlp: x is {x.dtype} on {x.device} but {name} is {tensor.dtype} on {tensor.device}"
+            )
+    if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]):
+        raise ValueError(
+            f"sparse_mlp: token_mask must be bool {tuple(x.shape[:-1])}; got {token_mask.dtype} "
+            f"{tuple(token_mask.shape)}"
+        )
+    if order is not None and (order.dtype != torch.int32 or order.shape != (hidden,)):
+        raise ValueError(
+            f"sparse_mlp: order must be an int32 permutation of {hidden} neurons; got {order.dtype} "
+            f"{tuple(order.shape)}"
+        )
+    if main_grads is not None:
+        for name, main, weight in (("w_in", main_grads.w_in, w_in), ("w_down", main_grads.w_down, w_down)):
+            wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            if main.dtype != wanted or main.shape != weight.shape or not main.is_contiguous():
+                raise ValueError(
+                    f"sparse_mlp: main_grads.{name} must be a contiguous {wanted} tensor of shape "
+                    f"{tuple(weight.shape)}; got {main.dtype} {tuple(main.shape)}, strides {main.stride()}"
+                )

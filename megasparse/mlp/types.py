@@ -1,0 +1,47 @@
+"""What the sparse MLP returns and what it may add its weight gradients to."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+TOKEN_TILE = 128
+"""Consecutive tokens whose active neurons are gathered together; `MLPStats.union` counts over them."""
+
+
+class MLPStats(NamedTuple):
+    """What one call saw, as detached device tensors: reading them is the only host synchronisation.
+
+    Tokens that `token_mask` leaves out count in none of these but `union` and `tiles`, which describe the
+    work of the kernels and so cover all tokens.
+    """
+
+    tokens: Tensor
+    """int64 []: counted tokens."""
+    active: Tensor
+    """int64 []: sum over counted tokens of the number of neurons with a non-zero gate."""
+    fired: Tensor
+    """bool [H]: the neuron was active for at least one counted token."""
+    union: Tensor
+    """int64 []: sum over tiles of 128 consecutive tokens of the number of neurons active for any of them."""
+    tiles: Tensor
+    """int64 []: number of 128-token tiles."""
+
+
+class MLPOutput(NamedTuple):
+    """Result of `megasparse.mlp.sparse_mlp`."""
+
+    y: Tensor
+    """Like x."""
+    l1: Tensor
+    """fp32 [] (fp64 for fp64 input): sum over counted tokens and neurons of |h|; differentiable."""
+    stats: MLPStats
+
+
+class MainGrads(NamedTuple):
+    """fp32 buffers that the backward adds the weight gradients to (Megatron's `main_grad`).
+
+    Autograd then returns no gradient for the weights. Both have the shape of their weight and are contiguous.
+    """
+
+    w_in: Tensor
+    w_down: Tensor
