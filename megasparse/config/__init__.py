@@ -1,0 +1,56 @@
+"""YAML configuration: `load_config(path, overrides) -> Config`. Imports nothing else of this package."""
+
+from megasparse.config.errors import ConfigError, Problem
+from megasparse.config.loader import (
+    LoadedConfig,
+    Origin,
+    dump_config,
+    load_config,
+    load_with_origins,
+    parse_config,
+)
+from megasparse.config.rules import check_files
+from megasparse.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    L1Config,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ReinitConfig,
+    RopeScaling,
+    RunConfig,
+    ScheduleConfig,
+    SparsityConfig,
+    TrainingConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "L1Config",
+    "LoadedConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Origin",
+    "ParallelConfig",
+    "Problem",
+    "ReinitConfig",
+    "RopeScaling",
+    "RunConfig",
+    "ScheduleConfig",
+    "SparsityConfig",
+    "TrainingConfig",
+    "WandbConfig",
+    "check_files",
+    "dump_config",
+    "load_config",
+    "load_with_origins",
+    "parse_config",
+]

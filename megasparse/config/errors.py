@@ -1,0 +1,35 @@
+"""The one exception that every configuration mistake ends in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_NO_VALUE = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the dotted key, what is wrong, what to set instead and where the value came from."""
+
+    key: str
+    rule: str
+    fix: str = ""
+    value: Any = _NO_VALUE
+    where: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        value = "" if self.value is _NO_VALUE else f" = {self.value!r}"
+        fix = f"\n    -> {self.fix}" if self.fix else ""
+        return f"{where}{self.key}{value}: {self.rule}{fix}"
+
+
+class ConfigError(Exception):
+    """A configuration cannot be used. Holds every problem that was found, not only the first."""
+
+    def __init__(self, problems: list[Problem] | str) -> None:
+        self.problems = [Problem("config", problems)] if isinstance(problems, str) else list(problems)
+        count = len(self.problems)
+        head = "" if count == 1 else f"{count} problems in the configuration\n"
+        super().__init__(head + "\n".join(str(problem) for problem in self.problems))
