@@ -1,6 +1,7 @@
 """YAML configuration: `load_config(path, overrides) -> Config`. Imports nothing else of this package."""
 
 from megasparse.config.errors import ConfigError, Problem
+from megasparse.config.inputs import check_files
 from megasparse.config.loader import (
     LoadedConfig,
     Origin,
@@ -9,7 +10,6 @@ from megasparse.config.loader import (
     load_with_origins,
     parse_config,
 )
-from megasparse.config.rules import check_files
 from megasparse.config.schema import (
     CheckpointConfig,
     Config,

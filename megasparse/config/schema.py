@@ -1,7 +1,7 @@
 """The typed configuration: every key, its type, its default and its unit.
 
-Models are frozen and refuse unknown keys and implicit type conversion (`"2"` is not 2). What involves more than
-one key is checked in `rules.py`. Paths are relative to the working directory of the run.
+Models are frozen and refuse unknown keys and implicit type conversion (`"2"` is not 2). What involves more
+than one key is checked in `rules.py`. Paths are relative to the working directory of the run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """Decoder-only transformer with a sparse feed-forward layer. Sizes are of the whole model, not of a shard."""
+    """Decoder-only transformer with sparse feed-forward layers. Sizes are of the whole model."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
@@ -83,7 +83,7 @@ class ModelConfig(Section):
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     implementation: Literal["auto", "local", "te"] = "auto"
-    """Attention, norm and projections: Transformer Engine's or ours; auto: TE where it is installed with CUDA."""
+    """Attention, norm, projections: Transformer Engine's or ours; auto: TE's where it is installed."""
 
     @property
     def query_groups(self) -> int:
@@ -97,8 +97,8 @@ class ModelConfig(Section):
 class L1Config(Section):
     """L1 term on the hidden activations: coeff * mean over layers of mean over tokens of sum_n |h_n|.
 
-    `constant` is the paper's (arXiv 2603.23198): one coefficient for all layers. `target` steers one coefficient
-    per layer until the layer's L0 (active neurons per token) meets `target_l0`.
+    `constant` is the paper's (arXiv 2603.23198): one coefficient for all layers. `target` steers one
+    coefficient per layer until the layer's L0 (active neurons per token) meets `target_l0`.
     """
 
     mode: Literal["off", "constant", "target"] = "off"
@@ -125,7 +125,7 @@ class L1Config(Section):
 
 
 class ReinitConfig(Section):
-    """Re-initialisation of the gate rows (up rows where not gated) of dead neurons; their Adam moments are zeroed."""
+    """Dead neurons get new gate rows (up rows where not gated) and zero Adam moments."""
 
     every: NonNegativeInt = 0
     """Steps between re-initialisations; 0: off."""
@@ -137,7 +137,7 @@ class ReinitConfig(Section):
 
 class SparsityConfig(Section):
     path: Literal["auto", "dense", "sparse"] = "auto"
-    """auto: each layer runs whatever is faster at its measured sparsity; results are the same on either path."""
+    """auto: each layer runs what is faster at its measured sparsity; both paths compute the same."""
     route_interval: PositiveInt = 50
     """auto: steps between decisions."""
     l1: L1Config = L1Config()
@@ -211,7 +211,7 @@ class DataConfig(Section):
 
     @property
     def split_weights(self) -> tuple[float, float, float]:
-        """`split` as three fractions that sum to one. Raises ValueError where it is not three numbers >= 0."""
+        """`split` as three fractions of sum one. Raises ValueError where it is not three numbers >= 0."""
         parts = [float(part) for part in self.split.split(",")]
         if len(parts) != 3 or min(parts) < 0 or sum(parts) <= 0:
             raise ValueError(self.split)
@@ -246,7 +246,7 @@ class TrainingConfig(Section):
     eval_steps: NonNegativeInt = 10
     """Global batches per validation; 0: no validation."""
     time_limit_minutes: PositiveFloat | None = None
-    """Save and stop in good order before this much wall-clock time has passed since the start of the process."""
+    """Save and stop in good order before the process has run for this long."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms; errors where there is none."""
 
@@ -257,7 +257,7 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = None
-    """cosine, linear: step at which min_lr is reached (None: training.steps). wsd: length of the final decay."""
+    """cosine, linear: step that reaches min_lr (None: training.steps). wsd: length of the last decay."""
     wsd_decay: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
     """wsd: shape of the final decay."""
 
@@ -297,7 +297,7 @@ class CheckpointConfig(Section):
     load_scope: Literal["weights", "full"] = "weights"
     """What is taken from `load`: the weights, or everything (optimizer, step, data position, RNG)."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from `directory` where it holds a checkpoint. never: refuse to. must: fail where it holds none."""
+    """Where `directory` holds a checkpoint: auto, must: go on from it; never: fail. must: fail without one."""
 
 
 class WandbConfig(Section):
@@ -407,7 +407,7 @@ class Config(Section):
         return self.training.global_batch_size // per_pass
 
     def validate(self, world_size: int) -> None:  # type: ignore[override]
-        """Every rule, those that need the number of ranks too. Raises ConfigError. Starts no process group."""
+        """Check every rule, those of the layout too. Raises ConfigError. Starts no process group."""
         from megasparse.config.rules import find_problems
 
         problems = find_problems(self, world_size)

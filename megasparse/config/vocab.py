@@ -12,8 +12,8 @@ from megasparse.config.errors import ConfigError, Problem
 def tokenizer_vocab_size(path: str) -> int:
     """Largest token id + 1 of a `tokenizer.json` or a Hugging Face tokenizer directory.
 
-    Ids can have gaps, so a count of tokens may be too small for an embedding. Raises ConfigError where the path
-    holds no tokenizer.
+    Ids can have gaps, so a count of tokens may be too small for an embedding. Raises ConfigError where the
+    path holds no tokenizer.
     """
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
