@@ -5,7 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megasparse.mlp.cuda import note_dense, unsupported_reason
 from megasparse.mlp.dense import dense_forward
+from megasparse.mlp.sparse import sparse_forward
 from megasparse.mlp.types import MainGrads, MLPOutput, MLPStats
 
 Path = Literal["dense", "sparse"]
@@ -19,20 +21,27 @@ def sparse_mlp(
     token_mask: Tensor | None = None,
     path: Path = "dense",
     order: Tensor | None = None,
+    capacity: int | None = None,
     main_grads: MainGrads | None = None,
 ) -> MLPOutput:
     """Apply the ReLU MLP and return its output, the L1 sum of its hidden activations, and statistics.
 
     Args:
         x: [..., D], fp64, fp32 or bf16.
-        w_in: [2 H, D], rows of the gate, then rows of the up product (`h = relu(x Wg^T) * (x Wu^T)`), or [H, D]
+        w_in: [2 H, D], rows of the gate, then rows of the up product (`h = relu(x Wg^T) * (x Wu^T)`), or
+            [H, D]
             (non-gated: `h = relu(x W_in^T)`); same type as x.
         w_down: [H, D], one row per neuron (the transpose of `torch.nn.Linear`'s): `y = h W_down`.
-        token_mask: bool of x's leading shape, True where the token counts; the others are computed but count neither
+        token_mask: bool of x's leading shape, True where the token counts; the others are computed but
+            count neither
             in `l1` (value or gradient) nor in the statistics. None: all count.
         path: "dense" runs dense products; "sparse" computes only what active neurons need. Both are exact.
-        order: int32 [H] permutation, most frequently active neuron first: makes the sparse path's weight gradients
+        order: int32 [H] permutation, most frequently active neuron first: makes the sparse path's weight
+            gradients
             cheaper (see `LayerRouter`); results depend on it by rounding only. None: natural.
+        capacity: non-zeros that the sparse path's saved buffers hold (`LayerRouter.capacity`). Where there
+            are
+            more, the backward computes them again: exact, but slower. None: a sixteenth of the M x H.
         main_grads: fp32 buffers to add the weight gradients to; autograd then gets none for the weights.
 
     Returns:
@@ -46,7 +55,17 @@ def sparse_mlp(
     mask = None if token_mask is None else token_mask.reshape(-1)
     save = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_down.requires_grad)
     main_w_in, main_w_down = main_grads if main_grads is not None else (None, None)
-    y, l1, counts, fired, *_ = dense_forward(tokens, w_in, w_down, mask, save, main_w_in, main_w_down)
+    if path == "sparse" and (reason := unsupported_reason(tokens, w_in, w_down)) is not None:
+        note_dense(reason)
+        path = "dense"
+    if path == "sparse":
+        if capacity is None:
+            capacity = -(-tokens.shape[0] * w_down.shape[0] // 16)
+        y, l1, counts, fired, *_ = sparse_forward(
+            tokens, w_in, w_down, mask, order, save, capacity, main_w_in, main_w_down
+        )
+    else:
+        y, l1, counts, fired, *_ = dense_forward(tokens, w_in, w_down, mask, save, main_w_in, main_w_down)
     stats = MLPStats(counts[0], counts[1], fired, counts[2], counts[3])
     return MLPOutput(y.view(x.shape), l1, stats)
 

@@ -1,0 +1,107 @@
+"""The CUDA kernels behind `path="sparse"`: when they apply, and the operators' CUDA implementations.
+
+The kernels are in `csrc/` and are built at first use (`build.py`). They need compute capability 9.0 and bf16.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasparse.mlp import build
+
+_log = logging.getLogger("megasparse.mlp")
+
+ALIGNMENT = 8
+"""D must be a multiple of this: rows are copied in pieces of 16 bytes."""
+
+
+@functools.cache
+def _library_problem(index: int) -> str | None:
+    """Why the kernels cannot run on CUDA device `index`; None (and the library loaded) if they can."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability != (9, 0):
+        name = torch.cuda.get_device_name(index)
+        return (
+            f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels are for 9.0 (Hopper)"
+        )
+    try:
+        build.load()
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+def unsupported_reason(x: Tensor, w_in: Tensor, w_down: Tensor) -> str | None:
+    """Why `path="sparse"` cannot run on these tensors; None if it can. Builds the kernels at the first
+    call."""
+    if not x.is_cuda:
+        return None if x.device.type == "cpu" else f"there are no kernels for {x.device.type} devices"
+    contiguous = w_in.is_contiguous() and w_down.is_contiguous()
+    return _cuda_reason(x.device.index or 0, x.dtype, x.shape[-1], contiguous)
+
+
+@torch.compiler.assume_constant_result
+def _cuda_reason(index: int, dtype: torch.dtype, width: int, contiguous: bool) -> str | None:
+    if dtype != torch.bfloat16:
+        return f"the kernels compute in bf16, not {dtype}"
+    if width % ALIGNMENT:
+        return f"the kernels need a hidden size that is a multiple of {ALIGNMENT}, not {width}"
+    if not contiguous:
+        return "the kernels need contiguous weights"
+    return _library_problem(index)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def note_dense(reason: str) -> None:
+    """Say, once per reason, that a layer asked to run sparse runs dense."""
+    _log.warning("The sparse MLP runs its dense path: %s.", reason)
+
+
+def register(forward: Any, backward: Any) -> None:
+    """Give the operators of `sparse.py` their CUDA implementation."""
+    forward.register_kernel("cuda")(_forward)
+    backward.register_kernel("cuda")(_backward)
+
+
+def _forward(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    save: bool,
+    capacity: int,
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> list[Tensor]:
+    build.load()
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return torch.ops.megasparse_kernels.forward(
+            x, w_in, w_down, token_mask, order, save, capacity, stream
+        )
+
+
+def _backward(
+    dy: Tensor | None,
+    dl1: Tensor | None,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    saved: list[Tensor],
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    build.load()
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return torch.ops.megasparse_kernels.backward(
+            dy, dl1, x, w_in, w_down, token_mask, order, saved, main_w_in, main_w_down, stream
+        )

@@ -1,0 +1,250 @@
+"""The MLP computing only what active neurons need, as torch operators.
+
+Forward: the gate product, packed (`twell.py`); then per 128-token tile the up and down products over the
+union of its tokens' active neurons. Backward: dh, dg, du and dx the same way; weight gradients per tile of
+64 neurons over the tokens that use any of them. Nothing is dropped and nothing approximated: zeros are
+skipped.
+
+Saved for the backward: the pattern, its lists and the packed g and u, in buffers of `capacity` non-zeros.
+If there are more non-zeros than that, the backward computes g and u again; `capacity` changes memory and
+time, never results.
+
+The implementation here is the PyTorch one, for the CPU: the reference of the CUDA kernels (`cuda.py`),
+same format, same operator.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasparse.mlp import cuda
+from megasparse.mlp.dense import fake_gradients, fake_outputs
+from megasparse.mlp.dense_elementwise import statistics, sum_dtype
+from megasparse.mlp.twell import (
+    POSITION_TILE,
+    Pattern,
+    Sizes,
+    TileLists,
+    pack,
+    pattern_of,
+    tile_lists,
+    unpack,
+    words_to_bits,
+)
+from megasparse.mlp.types import TOKEN_TILE
+
+
+def _split_rows(w_in: Tensor, hidden: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The given neurons' rows of the gate and of the up weight (None where there is no gate)."""
+    return w_in[rows], w_in[hidden + rows] if w_in.shape[0] != hidden else None
+
+
+def _natural(order: Tensor | None, hidden: int) -> Tensor:
+    return torch.arange(hidden) if order is None else order.long()
+
+
+def _tiles(lists: TileLists, order: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each token tile: its rows, its union's positions, and the neurons at those positions."""
+    for tile, size in enumerate(lists.tile_info[0, :-1].tolist()):
+        positions = lists.union_index[tile, :size].long()
+        yield slice(tile * TOKEN_TILE, min(tokens, (tile + 1) * TOKEN_TILE)), positions, order[positions]
+
+
+def _gate_and_up(
+    x: Tensor, w_in: Tensor, hidden: int, order: Tensor
+) -> tuple[Pattern, TileLists, Tensor, Tensor]:
+    """Pattern and lists, packed g and packed u (empty where there is no gate: then g is h)."""
+    gate = torch.relu(x @ w_in[order].t())
+    pattern = pattern_of(gate)
+    lists = tile_lists(pattern)
+    g = pack(gate, pattern)
+    if w_in.shape[0] == hidden:
+        return pattern, lists, g, g.new_empty(0)
+    up = torch.zeros_like(gate)
+    for rows, positions, neurons in _tiles(lists, order, x.shape[0]):
+        up[rows, positions] = x[rows] @ w_in[hidden + neurons].t()
+    return pattern, lists, g, pack(up, pattern)
+
+
+@torch.library.custom_op("megasparse::mlp_sparse_forward", mutates_args=(), device_types="cpu")
+def sparse_forward(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    save: bool,
+    capacity: int,
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> list[Tensor]:
+    """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H]; then, if `save`, what the backward
+    needs.
+
+    That is mask, offset, row_ptr (`Pattern`), union_words, union_index, tile_info (`TileLists`), and
+    the packed g and u [capacity] (no u where there is no gate). `counts` holds tokens, active, union,
+    tiles as in `MLPStats`. The main gradients are not read: they only travel to the backward.
+    """
+    hidden = w_down.shape[0]
+    positions_to_neurons = _natural(order, hidden)
+    pattern, lists, g, u = _gate_and_up(x, w_in, hidden, positions_to_neurons)
+    h = unpack(g * u if u.numel() else g, pattern, x.shape[0], hidden)
+    y = torch.empty_like(x)
+    for rows, positions, neurons in _tiles(lists, positions_to_neurons, x.shape[0]):
+        y[rows] = h[rows, positions] @ w_down[neurons]
+    l1 = h.abs().sum(1, dtype=sum_dtype(x.dtype))
+    if token_mask is not None:
+        l1 = l1.masked_fill(~token_mask, 0)
+    active = words_to_bits(pattern.mask)[: x.shape[0], :hidden]
+    counts, fired_in_order = statistics(active, token_mask)
+    fired = torch.empty_like(fired_in_order)
+    fired[positions_to_neurons] = fired_in_order
+    outputs = [y, l1.sum(), counts, fired]
+    if not save:
+        return outputs
+    packed = [_fit(g, capacity)] + ([_fit(u, capacity)] if w_in.shape[0] != hidden else [])
+    return [*outputs, *pattern, *lists, *packed]
+
+
+def _fit(values: Tensor, capacity: int) -> Tensor:
+    """The first `capacity` values in a buffer of exactly that size (the backward checks row_ptr, not
+    this)."""
+    buffer = values.new_zeros(capacity)
+    buffer[: values.numel()] = values[:capacity]
+    return buffer
+
+
+@sparse_forward.register_fake
+def _(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    save: bool,
+    capacity: int,
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> list[Tensor]:
+    outputs = list(fake_outputs(x, w_down))
+    if not save:
+        return outputs
+    hidden = w_down.shape[0]
+    tiles, padded_tokens, words, padded_hidden = Sizes.of(x.shape[0], hidden)
+    return [
+        *outputs,
+        x.new_empty(padded_tokens, words, dtype=torch.int64),
+        x.new_empty(padded_tokens, words, dtype=torch.int16),
+        x.new_empty(padded_tokens + 1, dtype=torch.int64),
+        x.new_empty(tiles, words, dtype=torch.int64),
+        x.new_empty(tiles, padded_hidden, dtype=torch.int32),
+        x.new_empty(4, tiles + 1, dtype=torch.int32),
+        *(x.new_empty(capacity) for _ in range(1 if w_in.shape[0] == hidden else 2)),
+    ]
+
+
+@torch.library.custom_op(
+    "megasparse::mlp_sparse_backward", mutates_args=("main_w_in", "main_w_down"), device_types="cpu"
+)
+def sparse_backward(
+    dy: Tensor | None,
+    dl1: Tensor | None,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    saved: list[Tensor],
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients dx, dw_in, dw_down; given main gradients, adds to them and returns the latter two empty."""
+    hidden, tokens = w_down.shape[0], x.shape[0]
+    gated = w_in.shape[0] != hidden
+    dy = torch.zeros_like(x) if dy is None else dy
+    natural = _natural(order, hidden)
+    pattern, lists = Pattern(*saved[:3]), TileLists(*saved[3:6])
+    packed = saved[6:]
+    if int(pattern.row_ptr[-1]) > packed[0].numel():
+        packed = list(_gate_and_up(x, w_in, hidden, natural)[2:])
+    g = unpack(packed[0], pattern, tokens, hidden)
+    u = unpack(packed[1], pattern, tokens, hidden) if gated else None
+    h = g if u is None else g * u
+    active = words_to_bits(pattern.mask)[:tokens, :hidden]
+
+    dx = torch.empty_like(x)
+    dg, du = torch.zeros_like(g), torch.zeros_like(g)
+    for rows, positions, neurons in _tiles(lists, natural, tokens):
+        dh = dy[rows] @ w_down[neurons].t()
+        if dl1 is not None:
+            sign = torch.sign(h[rows, positions])
+            if token_mask is not None:
+                sign = sign.masked_fill(~token_mask[rows].unsqueeze(1), 0)
+            dh += sign * dl1.to(dh.dtype)
+        dh = dh.masked_fill(~active[rows, positions], 0)
+        gate_rows, up_rows = _split_rows(w_in, hidden, neurons)
+        if u is None or up_rows is None:
+            dg[rows, positions] = dh
+            dx[rows] = dh @ gate_rows
+        else:
+            dg[rows, positions], du[rows, positions] = dh * u[rows, positions], dh * g[rows, positions]
+            dx[rows] = torch.cat([dg[rows, positions], du[rows, positions]], 1) @ torch.cat(
+                [gate_rows, up_rows]
+            )
+
+    dw_in = torch.zeros_like(w_in) if main_w_in is None else main_w_in
+    dw_down = torch.zeros_like(w_down) if main_w_down is None else main_w_down
+    for tile in range(pattern.mask.shape[1]):
+        users = pattern.mask[:tokens, tile].nonzero().squeeze(1)
+        columns = slice(tile * POSITION_TILE, min(hidden, (tile + 1) * POSITION_TILE))
+        neurons = natural[columns]
+        dw_in[neurons] += (dg[users, columns].t() @ x[users]).to(dw_in.dtype)
+        if gated:
+            dw_in[hidden + neurons] += (du[users, columns].t() @ x[users]).to(dw_in.dtype)
+        dw_down[neurons] += (h[users, columns].t() @ dy[users]).to(dw_down.dtype)
+    return (
+        dx,
+        dw_in if main_w_in is None else x.new_empty(0),
+        dw_down if main_w_down is None else x.new_empty(0),
+    )
+
+
+@sparse_backward.register_fake
+def _(
+    dy: Tensor | None,
+    dl1: Tensor | None,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    saved: list[Tensor],
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(x, w_in, w_down, main_w_in, main_w_down)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, w_in, w_down, token_mask, order, _, _, main_w_in, main_w_down = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w_in, w_down, token_mask, order, *output[4:])
+    # Not saved tensors: other micro-batches add to them between this forward and its backward.
+    ctx.main_grads = (main_w_in, main_w_down)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    x, w_in, w_down, token_mask, order, *saved = ctx.saved_tensors
+    main_w_in, main_w_down = ctx.main_grads
+    dx, dw_in, dw_down = sparse_backward(
+        grads[0], grads[1], x, w_in, w_down, token_mask, order, saved, main_w_in, main_w_down
+    )
+    added = main_w_in is not None
+    return dx, None if added else dw_in, None if added else dw_down, None, None, None, None, None, None
+
+
+sparse_forward.register_autograd(_backward, setup_context=_setup_context)
+cuda.register(sparse_forward, sparse_backward)
