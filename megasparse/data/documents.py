@@ -1,0 +1,167 @@
+"""Finding input files and reading documents from them: text, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from megasparse.data.errors import DataError
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DEFAULT_INCLUDE = ("*.txt", "*.jsonl", "*.ndjson", "*.parquet", "*.txt.gz", "*.jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document as read: not yet parsed, so that parsing happens in the workers.
+
+    `raw`: the text, or the JSON line as bytes. `where`: file and line or row, for messages. `read_bytes`: how
+    much of its file this record accounts for.
+    """
+
+    raw: str | bytes | None
+    where: str
+    read_bytes: int
+
+    def text(self, key: str) -> str:
+        """The document. Raises DataError where it is no UTF-8, no JSON object, or lacks the key."""
+        if self.raw is None:
+            raise DataError(f"{self.where}: {key!r} is null")
+        if isinstance(self.raw, str):
+            return self.raw
+        try:
+            data = json.loads(self.raw)
+        except ValueError as error:  # UnicodeDecodeError is one too
+            raise DataError(f"{self.where}: not valid JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise DataError(f"{self.where}: a JSON {type(data).__name__}, not an object with the key {key!r}")
+        if not isinstance(data.get(key), str):
+            what = f"is a {type(data[key]).__name__}, not a string" if key in data else "is missing"
+            raise DataError(
+                f"{self.where}: the key {key!r} {what} (keys: {', '.join(data)}); choose with --text-key"
+            )
+        return str(data[key])
+
+
+def find_files(
+    inputs: Sequence[str],
+    include: Sequence[str] = DEFAULT_INCLUDE,
+    exclude: Sequence[str] = (),
+    shuffle_seed: int | None = None,
+) -> list[Path]:
+    """Files in the order given, folders expanded in sorted order.
+
+    `include`: glob patterns of file names, for folders. `exclude`: patterns of a file's or a folder's name, or
+    of the path below the folder. `shuffle_seed`: shuffle the files. Raises DataError for what is not there, or
+    for nothing found.
+    """
+    files: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(
+                p for p in path.rglob("*") if p.is_file() and _wanted(p.relative_to(path), include, exclude)
+            )
+            if not found:
+                raise DataError(
+                    f"{path}: no file in this folder matches {' '.join(include)}; choose with --include"
+                )
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(files)
+    return files
+
+
+def _wanted(path: Path, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    names = (*path.parts, path.as_posix())
+    return any(fnmatch(path.name, p) for p in include) and not any(
+        fnmatch(n, p) for p in exclude for n in names
+    )
+
+
+def read_documents(file: Path, text_key: str = "text", per_line: bool = False) -> Iterator[Record]:
+    """Documents of one file, by its suffix.
+
+    `.jsonl`: one JSON object a line. `.parquet`: one row. Else plain text: the whole file, or each line where
+    `per_line`. `.gz` files are unpacked. Raises DataError, naming file and line, for what cannot be read.
+    """
+    kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    try:
+        if kind == ".parquet":
+            yield from _read_parquet(file, text_key)
+        elif kind in JSONL_SUFFIXES:
+            yield from _read_lines(file)
+        else:
+            yield from _read_text(file, per_line)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from None
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Line number from 1, line without its end, bytes of the file (packed, if it is) that it accounts for."""
+    with open(file, "rb") as packed:
+        stream: Any = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
+        before = 0
+        for number, line in enumerate(stream, 1):
+            used = len(line) if stream is packed else packed.tell() - before
+            before += used
+            yield number, line.rstrip(b"\r\n"), used
+
+
+def _read_lines(file: Path) -> Iterator[Record]:
+    for number, line, used in _lines(file):
+        if line.strip():
+            yield Record(line, f"{file}:{number}", used)
+
+
+def _read_text(file: Path, per_line: bool) -> Iterator[Record]:
+    if per_line:
+        for number, line, used in _lines(file):
+            if line.strip():
+                yield Record(_decode(line, f"{file}:{number}"), f"{file}:{number}", used)
+        return
+    data = file.read_bytes()
+    yield Record(
+        _decode(gzip.decompress(data) if file.suffix == ".gz" else data, str(file)), str(file), len(data)
+    )
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start}: {error.reason})") from None
+
+
+def _read_parquet(file: Path, text_key: str) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file}: not a Parquet file ({error})") from None
+    names = table.schema_arrow.names
+    if text_key not in names:
+        raise DataError(
+            f"{file}: no column {text_key!r} (columns: {', '.join(names)}); choose with --text-key"
+        )
+    kind = table.schema_arrow.field(text_key).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f"{file}: the column {text_key!r} holds {kind}, not strings; choose with --text-key")
+    share = file.stat().st_size // max(1, table.metadata.num_rows)
+    row = 0
+    for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+        for value in batch.column(0).to_pylist():
+            row += 1
+            yield Record(value, f"{file}, row {row}", share)

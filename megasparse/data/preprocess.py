@@ -1,0 +1,328 @@
+"""Text -> Megatron `.bin`/`.idx`: one sequence a document, each ended by the end-of-document token.
+
+The result does not depend on the number of workers. Everything is written in a hidden folder beside the output
+and renamed at the end, the index last: a data set that has an `.idx` is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from glob import escape
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megasparse.data.documents import DEFAULT_INCLUDE, Record, find_files, read_documents
+from megasparse.data.errors import DataError
+from megasparse.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+
+_CHUNK_BYTES = 1 << 20
+_CHUNK_DOCUMENTS = 1000
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What `megasparse preprocess` is asked for; see its `--help`."""
+
+    inputs: Sequence[str]
+    output: Path
+    tokenizer: str | None = None
+    train_vocab_size: int | None = None
+    train_megabytes: float = 100.0
+    tokenizer_output: Path | None = None
+    eod_token: str | None = None
+    append_eod: bool = True
+    text_key: str = "text"
+    per_line: bool = False
+    include: Sequence[str] = DEFAULT_INCLUDE
+    exclude: Sequence[str] = ()
+    shuffle_seed: int | None = None
+    workers: int = 1
+    skip_damaged: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class PreprocessResult:
+    """Counts of a finished run; they are also written to `<output>.json`."""
+
+    documents: int = 0
+    tokens: int = 0
+    empty: int = 0
+    damaged: list[str] = field(default_factory=list)
+    vocab_size: int = 0
+    tokenizer: str = ""
+
+
+Progress = Callable[[str, int, int, PreprocessResult], None]
+"""Called with the phase ("tokenizer" | "tokens"), bytes read, bytes in all, counts so far."""
+
+
+def preprocess(options: PreprocessOptions, progress: Progress = lambda *_: None) -> PreprocessResult:
+    """Tokenise the inputs into `<output>.bin`, `.idx`, `.json`. Raises DataError; then no output has changed."""
+    if (options.tokenizer is None) == (options.train_vocab_size is None):
+        raise DataError("give either --tokenizer PATH or --train-tokenizer VOCAB")
+    targets = [Path(f"{options.output}{end}") for end in (".bin", ".json", ".idx")]
+    existing = [str(path) for path in targets if path.exists()]
+    if existing and not options.overwrite:
+        raise DataError(f"{', '.join(existing)}: already there; choose another --output or give --overwrite")
+    files = find_files(options.inputs, options.include, options.exclude, options.shuffle_seed)
+    total = sum(file.stat().st_size for file in files)
+    result = PreprocessResult()
+    with _working_folder(options.output) as folder:
+        tokenizer, saved = _obtain_tokenizer(options, files, total, folder, progress, result)
+        result.tokenizer = str(saved) if saved else str(options.tokenizer)
+        result.vocab_size = tokenizer.vocab_size
+        dtype = _write(options, files, total, folder, tokenizer, progress, result)
+        if result.tokens == 0:
+            raise DataError(f"no text in {', '.join(options.inputs)}")
+        _describe(folder / "data.json", options, tokenizer, dtype, result)
+        if saved:
+            if saved.exists():
+                shutil.rmtree(saved)
+            os.replace(folder / "tokenizer", saved)
+        targets[2].unlink(missing_ok=True)  # an old index must never stand beside new data
+        for target in targets:
+            os.replace(folder / f"data{target.suffix}", target)
+    return result
+
+
+@contextmanager
+def _working_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, removed at the end; those that killed processes left are removed too."""
+    if output.name in ("", ".", "..") or output.is_dir():
+        raise DataError(f"--output {output}: a folder; give a prefix in it, for example {output / 'data'}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        host = socket.gethostname()
+        for old in output.parent.glob(f".{escape(output.name)}.partial-{host}-*"):
+            if not _alive(int(old.name.rpartition("-")[2])):
+                shutil.rmtree(old, ignore_errors=True)
+        folder = output.parent / f".{output.name}.partial-{host}-{os.getpid()}"
+        folder.mkdir()
+    except OSError as error:
+        raise DataError(f"--output {output}: cannot write there ({error.strerror})") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _obtain_tokenizer(
+    options: PreprocessOptions,
+    files: Sequence[Path],
+    total: int,
+    folder: Path,
+    progress: Progress,
+    result: PreprocessResult,
+) -> tuple[TextTokenizer, Path | None]:
+    """The tokenizer and, where it was trained here, the folder that it will be moved to."""
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer, options.eod_token), None
+    assert options.train_vocab_size is not None
+    saved = options.tokenizer_output or Path(f"{options.output}-tokenizer")
+    if saved.exists() and not options.overwrite:
+        raise DataError(f"{saved}: already there; use it with --tokenizer {saved}, or give --overwrite")
+    if saved.exists() and not (saved / "tokenizer.json").is_file():
+        raise DataError(f"{saved}: there and not a tokenizer; choose another --tokenizer-output")
+    texts = _sample(options, files, total, progress, result)
+    return train_tokenizer(texts, options.train_vocab_size, folder / "tokenizer"), saved
+
+
+def _sample(
+    options: PreprocessOptions,
+    files: Sequence[Path],
+    total: int,
+    progress: Progress,
+    result: PreprocessResult,
+) -> Iterator[str]:
+    """The first documents of every file, in proportion to its size, until `train_megabytes` are reached."""
+    share = min(1.0, options.train_megabytes * 1e6 / max(1, total))
+    seen = 0
+    for file in files:
+        read, size = 0, file.stat().st_size
+        for record in read_documents(file, options.text_key, options.per_line):
+            if read > share * size:
+                break
+            read += record.read_bytes
+            progress("tokenizer", seen + read, total, result)
+            try:
+                yield record.text(options.text_key)
+            except DataError:
+                if not options.skip_damaged:
+                    raise
+        seen += size
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokens of some documents: their lengths, and what could not be read."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    read_bytes: int
+    empty: int
+    damaged: list[str]
+
+
+def _write(
+    options: PreprocessOptions,
+    files: Sequence[Path],
+    total: int,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    progress: Progress,
+    result: PreprocessResult,
+) -> str:
+    """Write data.bin and data.idx with Megatron's own builder; returns the name of the token type."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # Megatron warns of missing Apex and Transformer Engine; no matter here
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=dtype)
+    records = chain.from_iterable(read_documents(file, options.text_key, options.per_line) for file in files)
+    source = str(folder / "tokenizer") if options.tokenizer is None else options.tokenizer
+    settings = (options.text_key, options.append_eod)
+    read = 0
+    try:
+        for chunk in _encode_all(_chunks(records), tokenizer, source, settings, options.workers):
+            if chunk.damaged and not options.skip_damaged:
+                raise DataError(
+                    f"{chunk.damaged[0]}\nMend the file, or pass over such documents with --skip-damaged"
+                )
+            start = 0
+            for length in chunk.lengths:
+                builder.add_document(chunk.tokens[start : start + length], [length])
+                start += length
+            read += chunk.read_bytes
+            result.documents += len(chunk.lengths)
+            result.tokens += len(chunk.tokens)
+            result.empty += chunk.empty
+            result.damaged += chunk.damaged
+            progress("tokens", read, total, result)
+    finally:
+        builder.data_file.close()
+    builder.finalize(str(folder / "data.idx"))
+    return np.dtype(dtype).name
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        size += len(record.raw or "")
+        if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode_all(
+    chunks: Iterator[list[Record]],
+    tokenizer: TextTokenizer,
+    source: str,
+    settings: tuple[str, bool],
+    workers: int,
+) -> Iterator[_Chunk]:
+    """Tokens of all chunks in order; at most four chunks a worker are in flight, so memory stays bounded."""
+    if workers <= 1:
+        for records in chunks:
+            yield _encode(tokenizer, records, *settings)
+        return
+    context = get_context(
+        "spawn"
+    )  # a fork would copy the threads of tokenizers and torch in an unknown state
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (source, tokenizer.eod_token, *settings))
+    waiting: deque[Future[_Chunk]] = deque()
+    try:
+        for records in chunks:
+            waiting.append(pool.submit(_work, records))
+            if len(waiting) >= 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError("a worker process died (out of memory?); try fewer --workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_state: Any = None
+
+
+def _start_worker(source: str, eod_token: str, text_key: str, append_eod: bool) -> None:
+    global _worker_state
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_state = (load_tokenizer(source, eod_token), text_key, append_eod)
+
+
+def _work(records: list[Record]) -> _Chunk:
+    tokenizer, text_key, append_eod = _worker_state
+    return _encode(tokenizer, records, text_key, append_eod)
+
+
+def _encode(tokenizer: TextTokenizer, records: list[Record], text_key: str, append_eod: bool) -> _Chunk:
+    texts, damaged = [], []
+    for record in records:
+        try:
+            texts.append(record.text(text_key))
+        except DataError as error:
+            damaged.append(str(error))
+    ids = [tokens for tokens in tokenizer.encode_batch(texts) if tokens]
+    empty = len(texts) - len(ids)
+    if append_eod:
+        for tokens in ids:
+            tokens.append(tokenizer.eod)
+    flat = np.fromiter(chain.from_iterable(ids), np.int32)
+    read = sum(record.read_bytes for record in records)
+    return _Chunk(flat, [len(tokens) for tokens in ids], read, empty, damaged)
+
+
+def _describe(
+    path: Path, options: PreprocessOptions, tokenizer: TextTokenizer, dtype: str, result: PreprocessResult
+) -> None:
+    description = {
+        "documents": result.documents,
+        "tokens": result.tokens,
+        "empty_documents": result.empty,
+        "damaged_documents": len(result.damaged),
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod if options.append_eod else None,
+        "tokenizer": result.tokenizer,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "inputs": list(options.inputs),
+    }
+    path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
