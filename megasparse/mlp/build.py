@@ -128,8 +128,7 @@ def _ninja_file(objects_only: bool) -> str:
     cuda_lib = next(cuda / name for name in ("lib64", "lib") if (cuda / name).is_dir())
     lines = [
         f"nvcc_flags = {' '.join(NVCC_FLAGS)} {includes}",
-        f"cxx_flags = {' '.join(CXX_FLAGS)} {abi} {includes} {torch_includes} "
-        f"-isystem {_escape(cuda / 'include')}",
+        f"cxx_flags = {' '.join(CXX_FLAGS)} {abi} {includes} {torch_includes} -isystem {_escape(cuda / 'include')}",
         f"ld_flags = -shared -L{_escape(torch_root / 'lib')} -lc10 -ltorch_cpu -ltorch "
         f"-L{_escape(cuda_lib)} -lcudart_static -lpthread -lrt -ldl",
         "rule nvcc",
@@ -226,9 +225,7 @@ def check() -> list[str]:
     """Compile every source without linking; return a line per kernel that spills registers to memory."""
     with tempfile.TemporaryDirectory(prefix="megasparse-check-") as scratch:
         _run_ninja(Path(scratch), objects_only=True)
-        return [
-            problem for log in sorted(Path(scratch).glob("*.log")) for problem in _report(log.read_text())
-        ]
+        return [problem for log in sorted(Path(scratch).glob("*.log")) for problem in _report(log.read_text())]
 
 
 def _report(log: str) -> list[str]:

@@ -24,14 +24,20 @@ def _library_problem(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability != (9, 0):
         name = torch.cuda.get_device_name(index)
-        return (
-            f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels are for 9.0 (Hopper)"
-        )
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels are for 9.0 (Hopper)"
     try:
         build.load()
     except build.BuildError as error:
         return str(error)
     return None
+
+
+def device_reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why there are no kernels for layers of this device, type and D; None if there are. May build them."""
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type} devices"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _cuda_reason(index, dtype, width, True)
 
 
 def unsupported_reason(x: Tensor, w_in: Tensor, w_down: Tensor) -> str | None:
@@ -81,9 +87,7 @@ def _forward(
     build.load()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megasparse_kernels.forward(
-            x, w_in, w_down, token_mask, order, save, capacity, stream
-        )
+        return torch.ops.megasparse_kernels.forward(x, w_in, w_down, token_mask, order, save, capacity, stream)
 
 
 def _backward(

@@ -43,16 +43,16 @@ def dense_forward(
     save: bool,
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H], a or empty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H], tile_counts int32 [H], a or empty.
 
     `counts` holds tokens, active, union, tiles as in `MLPStats`.
     `main_w_in` and `main_w_down` are not read: they only travel to the backward.
     """
     hidden = w_down.shape[0]
     a = x @ w_in.t()
-    h, l1, counts, fired = elementwise.forward(a, hidden, token_mask)
-    return h @ w_down, l1, counts, fired, a if save else a.new_empty(0)
+    h, l1, counts, fired, tile_counts = elementwise.forward(a, hidden, token_mask)
+    return h @ w_down, l1, counts, fired, tile_counts, a if save else a.new_empty(0)
 
 
 @dense_forward.register_fake
@@ -64,16 +64,16 @@ def _(
     save: bool,
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, l1, counts, fired = fake_outputs(x, w_down)
-    return y, l1, counts, fired, x.new_empty(x.shape[0], w_in.shape[0]) if save else x.new_empty(0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return *fake_outputs(x, w_down), x.new_empty(x.shape[0], w_in.shape[0]) if save else x.new_empty(0)
 
 
-def fake_outputs(x: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised y, l1, counts, fired: shapes and types that both paths return."""
+def fake_outputs(x: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised y, l1, counts, fired, tile_counts: shapes and types that both paths return."""
     l1 = x.new_empty((), dtype=elementwise.sum_dtype(x.dtype))
     counts = x.new_empty(4, dtype=torch.int64)
-    return x.new_empty(x.shape), l1, counts, x.new_empty(w_down.shape[0], dtype=torch.bool)
+    fired = x.new_empty(w_down.shape[0], dtype=torch.bool)
+    return x.new_empty(x.shape), l1, counts, fired, x.new_empty(w_down.shape[0], dtype=torch.int32)
 
 
 @torch.library.custom_op("megasparse::mlp_dense_backward", mutates_args=("main_w_in", "main_w_down"))
@@ -127,8 +127,8 @@ def fake_gradients(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w_in, w_down, token_mask, _, main_w_in, main_w_down = inputs
-    a = output[4]
-    ctx.mark_non_differentiable(a)
+    a = output[5]
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w_in, w_down, token_mask, a)
     # Not saved tensors: other micro-batches add to them between this forward and its backward.

@@ -28,8 +28,8 @@ def _triton_applies(a: Tensor) -> bool:
     return dense_triton.AVAILABLE
 
 
-def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a [M, 2 H] or [M, H] -> h [M, H], l1 [], counts int64 [4], fired bool [H]."""
+def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """a [M, 2 H] or [M, H] -> h [M, H], l1 [], then as `statistics`."""
     if _triton_applies(a):
         from megasparse.mlp import dense_triton
 
@@ -40,12 +40,11 @@ def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, 
     l1_rows = h.abs().sum(1, dtype=sum_dtype(a.dtype))
     if token_mask is not None:
         l1_rows = l1_rows.masked_fill(~token_mask, 0)
-    counts, fired = statistics(g != 0, token_mask)
-    return h, l1_rows.sum(), counts, fired
+    return h, l1_rows.sum(), *statistics(g != 0, token_mask)
 
 
-def statistics(active: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """active bool [M, H] -> counts int64 [4] (tokens, active, union, tiles), fired bool [H]."""
+def statistics(active: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """active bool [M, H] -> counts int64 [4] (tokens, active, union, tiles), fired, tile_counts."""
     tokens, hidden = active.shape
     tiles = -(-tokens // TOKEN_TILE)
     padded = torch.nn.functional.pad(active, (0, 0, 0, tiles * TOKEN_TILE - tokens))
@@ -53,10 +52,9 @@ def statistics(active: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tenso
     counted = active if token_mask is None else active & token_mask.unsqueeze(1)
     fired = tile_active.any(0) if token_mask is None else counted.any(0)
     number = active.new_full((), tokens, dtype=torch.int64) if token_mask is None else token_mask.sum()
-    counts = torch.stack(
-        [number, counted.sum(), tile_active.sum(), active.new_full((), tiles, dtype=torch.int64)]
-    )
-    return counts, fired
+    tile_counts = tile_active.sum(0, dtype=torch.int32)
+    counts = torch.stack([number, counted.sum(), tile_counts.sum(), active.new_full((), tiles, dtype=torch.int64)])
+    return counts, fired, tile_counts
 
 
 def backward(

@@ -56,7 +56,8 @@ if AVAILABLE:
         tl.store(count_parts + index * 2, tl.sum(tl.sum(counted.to(tl.int32), 1), 0))
         union = tl.max(active.to(tl.int32), 0)
         tl.store(count_parts + index * 2 + 1, tl.sum(union, 0))
-        fired = tl.max(counted.to(tl.int32), 0)
+        # Bit 0: active for some token of the tile; bit 1: for some counted token.
+        fired = union + 2 * tl.max(counted.to(tl.int32), 0)
         tl.store(tile_fired + tile * H + columns, fired.to(tl.int8), mask=columns < H)
 
     @triton.jit
@@ -106,7 +107,7 @@ def _options(a: Tensor, hidden: int, token_mask: Tensor | None) -> dict[str, Any
     }  # fmt: skip
 
 
-def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same as `dense_elementwise.forward`, for a contiguous bf16 or fp32 CUDA tensor with M > 0."""
     blocks, tiles = grid = _grid(a, hidden)
     h = a.new_empty(a.shape[0], hidden)
@@ -121,11 +122,13 @@ def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, 
         )  # fmt: skip
     counts = a.new_full((4,), tiles, dtype=torch.int64)
     counts[1:3] = count_parts.view(-1, 2).sum(0)
+    fired = tile_fired.amax(0) > 1
+    tile_counts = (tile_fired & 1).sum(0, dtype=torch.int32)
     if token_mask is None:
         counts[0].fill_(a.shape[0])
     else:
         counts[0] = token_mask.sum()
-    return h, l1_parts.sum(), counts, tile_fired.amax(0).to(torch.bool)
+    return h, l1_parts.sum(), counts, fired, tile_counts
 
 
 def backward(

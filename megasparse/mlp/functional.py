@@ -28,20 +28,17 @@ def sparse_mlp(
 
     Args:
         x: [..., D], fp64, fp32 or bf16.
-        w_in: [2 H, D], rows of the gate, then rows of the up product (`h = relu(x Wg^T) * (x Wu^T)`), or
-            [H, D]
-            (non-gated: `h = relu(x W_in^T)`); same type as x.
+        w_in: [2 H, D], rows of the gate, then rows of the up product: `h = relu(x Wg^T) * (x Wu^T)`; or
+            [H, D]: `h = relu(x W_in^T)` (non-gated). Type of x.
         w_down: [H, D], one row per neuron (the transpose of `torch.nn.Linear`'s): `y = h W_down`.
-        token_mask: bool of x's leading shape, True where the token counts; the others are computed but
-            count neither
-            in `l1` (value or gradient) nor in the statistics. None: all count.
+        token_mask: bool of x's leading shape, True where the token counts; the others are computed, but count
+            neither in `l1` (value or gradient) nor in the statistics. None: all count.
         path: "dense" runs dense products; "sparse" computes only what active neurons need. Both are exact.
+            Where the kernels do not apply, "sparse" runs dense and says why once (`unsupported_reason`).
         order: int32 [H] permutation, most frequently active neuron first: makes the sparse path's weight
-            gradients
-            cheaper (see `LayerRouter`); results depend on it by rounding only. None: natural.
+            gradients cheaper (`LayerRouter`); results depend on it by rounding only. None: natural.
         capacity: non-zeros that the sparse path's saved buffers hold (`LayerRouter.capacity`). Where there
-            are
-            more, the backward computes them again: exact, but slower. None: a sixteenth of the M x H.
+            are more, the backward computes them again: exact, but slower. None: a sixteenth of M x H.
         main_grads: fp32 buffers to add the weight gradients to; autograd then gets none for the weights.
 
     Returns:
@@ -61,12 +58,12 @@ def sparse_mlp(
     if path == "sparse":
         if capacity is None:
             capacity = -(-tokens.shape[0] * w_down.shape[0] // 16)
-        y, l1, counts, fired, *_ = sparse_forward(
+        y, l1, counts, fired, tile_counts, *_ = sparse_forward(
             tokens, w_in, w_down, mask, order, save, capacity, main_w_in, main_w_down
         )
     else:
-        y, l1, counts, fired, *_ = dense_forward(tokens, w_in, w_down, mask, save, main_w_in, main_w_down)
-    stats = MLPStats(counts[0], counts[1], fired, counts[2], counts[3])
+        y, l1, counts, fired, tile_counts, *_ = dense_forward(tokens, w_in, w_down, mask, save, main_w_in, main_w_down)
+    stats = MLPStats(counts[0], counts[1], fired, counts[2], counts[3], tile_counts)
     return MLPOutput(y.view(x.shape), l1, stats)
 
 

@@ -52,9 +52,7 @@ def _tiles(lists: TileLists, order: Tensor, tokens: int) -> Iterator[tuple[slice
         yield slice(tile * TOKEN_TILE, min(tokens, (tile + 1) * TOKEN_TILE)), positions, order[positions]
 
 
-def _gate_and_up(
-    x: Tensor, w_in: Tensor, hidden: int, order: Tensor
-) -> tuple[Pattern, TileLists, Tensor, Tensor]:
+def _gate_and_up(x: Tensor, w_in: Tensor, hidden: int, order: Tensor) -> tuple[Pattern, TileLists, Tensor, Tensor]:
     """Pattern and lists, packed g and packed u (empty where there is no gate: then g is h)."""
     gate = torch.relu(x @ w_in[order].t())
     pattern = pattern_of(gate)
@@ -80,7 +78,8 @@ def sparse_forward(
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
 ) -> list[Tensor]:
-    """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H]; then, if `save`, what the backward
+    """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H], tile_counts int32 [H]; then, if
+    `save`, what the backward
     needs.
 
     That is mask, offset, row_ptr (`Pattern`), union_words, union_index, tile_info (`TileLists`), and
@@ -98,10 +97,11 @@ def sparse_forward(
     if token_mask is not None:
         l1 = l1.masked_fill(~token_mask, 0)
     active = words_to_bits(pattern.mask)[: x.shape[0], :hidden]
-    counts, fired_in_order = statistics(active, token_mask)
-    fired = torch.empty_like(fired_in_order)
-    fired[positions_to_neurons] = fired_in_order
-    outputs = [y, l1.sum(), counts, fired]
+    counts, *per_position = statistics(active, token_mask)
+    per_neuron = [torch.empty_like(values) for values in per_position]
+    for values, ordered in zip(per_neuron, per_position, strict=True):
+        values[positions_to_neurons] = ordered
+    outputs = [y, l1.sum(), counts, *per_neuron]
     if not save:
         return outputs
     packed = [_fit(g, capacity)] + ([_fit(u, capacity)] if w_in.shape[0] != hidden else [])
@@ -190,9 +190,7 @@ def sparse_backward(
             dx[rows] = dh @ gate_rows
         else:
             dg[rows, positions], du[rows, positions] = dh * u[rows, positions], dh * g[rows, positions]
-            dx[rows] = torch.cat([dg[rows, positions], du[rows, positions]], 1) @ torch.cat(
-                [gate_rows, up_rows]
-            )
+            dx[rows] = torch.cat([dg[rows, positions], du[rows, positions]], 1) @ torch.cat([gate_rows, up_rows])
 
     dw_in = torch.zeros_like(w_in) if main_w_in is None else main_w_in
     dw_down = torch.zeros_like(w_down) if main_w_down is None else main_w_down
@@ -231,7 +229,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     x, w_in, w_down, token_mask, order, _, _, main_w_in, main_w_down = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w_in, w_down, token_mask, order, *output[4:])
+    ctx.save_for_backward(x, w_in, w_down, token_mask, order, *output[5:])
     # Not saved tensors: other micro-batches add to them between this forward and its backward.
     ctx.main_grads = (main_w_in, main_w_down)
 

@@ -11,8 +11,8 @@ TOKEN_TILE = 128
 class MLPStats(NamedTuple):
     """What one call saw, as detached device tensors: reading them is the only host synchronisation.
 
-    Tokens that `token_mask` leaves out count in none of these but `union` and `tiles`, which describe the
-    work of the kernels and so cover all tokens.
+    Tokens that `token_mask` leaves out count in none of these but `union`, `tiles` and `tile_counts`, which
+    describe the work of the kernels and so cover all tokens.
     """
 
     tokens: Tensor
@@ -25,6 +25,8 @@ class MLPStats(NamedTuple):
     """int64 []: sum over tiles of 128 consecutive tokens of the number of neurons active for any of them."""
     tiles: Tensor
     """int64 []: number of 128-token tiles."""
+    tile_counts: Tensor
+    """int32 [H]: number of 128-token tiles in which the neuron is active (all tokens): how frequent it is."""
 
 
 class MLPOutput(NamedTuple):
