@@ -27,12 +27,8 @@ class Yaml12(yaml.SafeLoader):
 Yaml12.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-Yaml12.add_implicit_resolver(
-    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
-)
-Yaml12.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789")
-)
+Yaml12.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+Yaml12.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 Yaml12.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -118,11 +114,7 @@ def _read_yaml(path: Path, asked_by: str) -> tuple[dict[str, Any], dict[Key, int
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or str(error)
         raise ConfigError(
-            [
-                Problem(
-                    "yaml", f"not valid YAML: {reason}", "check indentation, colons and quotes", where=where
-                )
-            ]
+            [Problem("yaml", f"not valid YAML: {reason}", "check indentation, colons and quotes", where=where)]
         ) from None
     finally:
         loader.dispose()

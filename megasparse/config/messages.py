@@ -56,9 +56,7 @@ def translate(error: ValidationError, data: Mapping[str, Any]) -> list[Problem]:
         loc = tuple(str(part) for part in item["loc"])
         unknown = item["type"] == "extra_forbidden"
         key = loc
-        while (
-            key and not unknown and key not in known
-        ):  # union members and list positions are no keys of the file
+        while key and not unknown and key not in known:  # union members and list positions are no keys of the file
             key = key[:-1]
         if key in problems:
             continue
@@ -94,9 +92,5 @@ def _fix(item: Any, key: Key) -> str:
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"write it as {int(value)}"
     if kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
-        return (
-            "write a plain number, without quotes"
-            if kind != "bool_type"
-            else "write true or false, without quotes"
-        )
+        return "write a plain number, without quotes" if kind != "bool_type" else "write true or false, without quotes"
     return ""

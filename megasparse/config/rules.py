@@ -46,18 +46,11 @@ def _attention(cfg: Config) -> Iterator[Problem]:
             "set a divisor of the number of heads",
             tensor,
         )
-    elif groups % tensor and tensor % groups:
+    elif groups % tensor:
         yield Problem(
             "parallel.tensor",
-            f"neither divides model.num_query_groups = {groups} nor is a multiple of it",
+            f"does not divide model.num_query_groups = {groups}",
             "set a divisor of the number of query groups",
-            tensor,
-        )
-    elif groups < tensor:
-        yield Problem(
-            "parallel.tensor",
-            f"larger than model.num_query_groups = {groups}: ranks would share a key/value head",
-            f"set at most {groups}",
             tensor,
         )
 
@@ -117,8 +110,7 @@ def _sequence(cfg: Config) -> Iterator[Problem]:
     if length % share:
         yield Problem(
             "data.sequence_length",
-            f"context parallelism gives each of {parallel.context} ranks two chunks: "
-            f"not a multiple of {share}",
+            f"context parallelism gives each of {parallel.context} ranks two chunks: not a multiple of {share}",
             f"set {_near_multiple(length, share)}",
             length,
         )
@@ -210,8 +202,7 @@ def _schedule(cfg: Config) -> Iterator[Problem]:
         elif schedule.warmup_steps + schedule.decay_steps > steps:
             yield Problem(
                 "optimizer.schedule.decay_steps",
-                f"warm-up ({schedule.warmup_steps}) and final decay take "
-                f"longer than training.steps = {steps}",
+                f"warm-up ({schedule.warmup_steps}) and final decay take longer than training.steps = {steps}",
                 f"set at most {steps - schedule.warmup_steps}",
                 schedule.decay_steps,
             )
@@ -310,9 +301,7 @@ def _data(cfg: Config) -> Iterator[Problem]:
     try:
         weights = data.split_weights
     except ValueError:
-        yield Problem(
-            "data.split", "not three numbers >= 0 separated by commas", 'for example "969,30,1"', data.split
-        )
+        yield Problem("data.split", "not three numbers >= 0 separated by commas", 'for example "969,30,1"', data.split)
     else:
         if data.blend and weights[0] == 0:
             yield Problem("data.split", "leaves nothing for training", 'for example "969,30,1"', data.split)

@@ -35,9 +35,7 @@ Blend = Annotated[tuple[tuple[PositiveFloat, str], ...], Field(min_length=1), Be
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
 
 
 class RopeScaling(Section):
@@ -177,7 +175,7 @@ class ParallelConfig(Section):
                         "parallel",
                         f"the world of {world_size} ranks is not a multiple of tensor x pipeline x context = "
                         f"{self.tensor} x {self.pipeline} x {self.context} = {self.model_size}",
-                        f"start a multiple of {self.model_size} ranks or lower parallel.tensor/pipeline/context",
+                        f"start a multiple of {self.model_size} ranks or change the parallel sizes",
                     )
                 ]
             )
@@ -273,9 +271,10 @@ class OptimizerConfig(Section):
     ] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
-    weight_decay_exclude: Annotated[
-        tuple[Literal["norm", "bias", "embedding"], ...], BeforeValidator(_as_tuple)
-    ] = ("norm", "bias")
+    weight_decay_exclude: Annotated[tuple[Literal["norm", "bias", "embedding"], ...], BeforeValidator(_as_tuple)] = (
+        "norm",
+        "bias",
+    )
     clip_grad: NonNegativeFloat = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -297,7 +296,7 @@ class CheckpointConfig(Section):
     load_scope: Literal["weights", "full"] = "weights"
     """What is taken from `load`: the weights, or everything (optimizer, step, data position, RNG)."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Where `directory` holds a checkpoint: auto, must: go on from it; never: fail. must: fail without one."""
+    """Where `directory` holds a checkpoint: auto, must: go on from it; never: fail. must: fail if none."""
 
 
 class WandbConfig(Section):
@@ -349,11 +348,7 @@ class Config(Section):
 
     @property
     def checkpoint_directory(self) -> Path:
-        return (
-            Path(self.checkpoint.directory)
-            if self.checkpoint.directory
-            else self.run_directory / "checkpoints"
-        )
+        return Path(self.checkpoint.directory) if self.checkpoint.directory else self.run_directory / "checkpoints"
 
     @property
     def logging_directory(self) -> Path:

@@ -43,9 +43,7 @@ class Record:
             raise DataError(f"{self.where}: a JSON {type(data).__name__}, not an object with the key {key!r}")
         if not isinstance(data.get(key), str):
             what = f"is a {type(data[key]).__name__}, not a string" if key in data else "is missing"
-            raise DataError(
-                f"{self.where}: the key {key!r} {what} (keys: {', '.join(data)}); choose with --text-key"
-            )
+            raise DataError(f"{self.where}: the key {key!r} {what} (keys: {', '.join(data)}); choose with --text-key")
         return str(data[key])
 
 
@@ -57,21 +55,17 @@ def find_files(
 ) -> list[Path]:
     """Files in the order given, folders expanded in sorted order.
 
-    `include`: glob patterns of file names, for folders. `exclude`: patterns of a file's or a folder's name, or
-    of the path below the folder. `shuffle_seed`: shuffle the files. Raises DataError for what is not there, or
-    for nothing found.
+    `include`: glob patterns of file names, for folders. `exclude`: patterns of a file's or a folder's name,
+    or of the path below the folder. `shuffle_seed`: shuffle the files. Raises DataError for what is not
+    there, or for nothing found.
     """
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(
-                p for p in path.rglob("*") if p.is_file() and _wanted(p.relative_to(path), include, exclude)
-            )
+            found = sorted(p for p in path.rglob("*") if p.is_file() and _wanted(p.relative_to(path), include, exclude))
             if not found:
-                raise DataError(
-                    f"{path}: no file in this folder matches {' '.join(include)}; choose with --include"
-                )
+                raise DataError(f"{path}: no file in this folder matches {' '.join(include)}; choose with --include")
             files += found
         elif path.is_file():
             files.append(path)
@@ -84,9 +78,7 @@ def find_files(
 
 def _wanted(path: Path, include: Sequence[str], exclude: Sequence[str]) -> bool:
     names = (*path.parts, path.as_posix())
-    return any(fnmatch(path.name, p) for p in include) and not any(
-        fnmatch(n, p) for p in exclude for n in names
-    )
+    return any(fnmatch(path.name, p) for p in include) and not any(fnmatch(n, p) for p in exclude for n in names)
 
 
 def read_documents(file: Path, text_key: str = "text", per_line: bool = False) -> Iterator[Record]:
@@ -131,9 +123,7 @@ def _read_text(file: Path, per_line: bool) -> Iterator[Record]:
                 yield Record(_decode(line, f"{file}:{number}"), f"{file}:{number}", used)
         return
     data = file.read_bytes()
-    yield Record(
-        _decode(gzip.decompress(data) if file.suffix == ".gz" else data, str(file)), str(file), len(data)
-    )
+    yield Record(_decode(gzip.decompress(data) if file.suffix == ".gz" else data, str(file)), str(file), len(data))
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -153,9 +143,7 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[Record]:
         raise DataError(f"{file}: not a Parquet file ({error})") from None
     names = table.schema_arrow.names
     if text_key not in names:
-        raise DataError(
-            f"{file}: no column {text_key!r} (columns: {', '.join(names)}); choose with --text-key"
-        )
+        raise DataError(f"{file}: no column {text_key!r} (columns: {', '.join(names)}); choose with --text-key")
     kind = table.schema_arrow.field(text_key).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"{file}: the column {text_key!r} holds {kind}, not strings; choose with --text-key")

@@ -1,7 +1,7 @@
 """Text -> Megatron `.bin`/`.idx`: one sequence a document, each ended by the end-of-document token.
 
-The result does not depend on the number of workers. Everything is written in a hidden folder beside the output
-and renamed at the end, the index last: a data set that has an `.idx` is complete.
+The result does not depend on the number of workers. Everything is written in a hidden folder beside the
+output and renamed at the end, the index last: a data set that has an `.idx` is complete.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ Progress = Callable[[str, int, int, PreprocessResult], None]
 
 
 def preprocess(options: PreprocessOptions, progress: Progress = lambda *_: None) -> PreprocessResult:
-    """Tokenise the inputs into `<output>.bin`, `.idx`, `.json`. Raises DataError; then no output has changed."""
+    """Tokenise into `<output>.bin`, `.idx`, `.json`. Raises DataError; then no output has changed."""
     if (options.tokenizer is None) == (options.train_vocab_size is None):
         raise DataError("give either --tokenizer PATH or --train-tokenizer VOCAB")
     targets = [Path(f"{options.output}{end}") for end in (".bin", ".json", ".idx")]
@@ -103,7 +103,7 @@ def preprocess(options: PreprocessOptions, progress: Progress = lambda *_: None)
 
 @contextmanager
 def _working_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, removed at the end; those that killed processes left are removed too."""
+    """A hidden folder beside the output, removed at the end; those of killed processes are removed too."""
     if output.name in ("", ".", "..") or output.is_dir():
         raise DataError(f"--output {output}: a folder; give a prefix in it, for example {output / 'data'}")
     try:
@@ -200,9 +200,7 @@ def _write(
 ) -> str:
     """Write data.bin and data.idx with Megatron's own builder; returns the name of the token type."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Megatron warns of missing Apex and Transformer Engine; no matter here
+        warnings.simplefilter("ignore")  # Megatron warns of missing Apex and Transformer Engine; no matter here
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
@@ -214,9 +212,7 @@ def _write(
     try:
         for chunk in _encode_all(_chunks(records), tokenizer, source, settings, options.workers):
             if chunk.damaged and not options.skip_damaged:
-                raise DataError(
-                    f"{chunk.damaged[0]}\nMend the file, or pass over such documents with --skip-damaged"
-                )
+                raise DataError(f"{chunk.damaged[0]}\nMend the file, or pass over such documents with --skip-damaged")
             start = 0
             for length in chunk.lengths:
                 builder.add_document(chunk.tokens[start : start + length], [length])
@@ -258,9 +254,7 @@ def _encode_all(
         for records in chunks:
             yield _encode(tokenizer, records, *settings)
         return
-    context = get_context(
-        "spawn"
-    )  # a fork would copy the threads of tokenizers and torch in an unknown state
+    context = get_context("spawn")  # a fork would copy the threads of tokenizers and torch in an unknown state
     pool = ProcessPoolExecutor(workers, context, _start_worker, (source, tokenizer.eod_token, *settings))
     waiting: deque[Future[_Chunk]] = deque()
     try:
@@ -281,9 +275,7 @@ _worker_state: Any = None
 
 def _start_worker(source: str, eod_token: str, text_key: str, append_eod: bool) -> None:
     global _worker_state
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_state = (load_tokenizer(source, eod_token), text_key, append_eod)
 

@@ -30,9 +30,7 @@ class TextTokenizer:
         self._fast = not hasattr(backend, "convert_tokens_to_ids")
         vocabulary = backend.get_vocab()
         if eod_token not in vocabulary:
-            raise DataError(
-                f"tokenizer {path}: no token {eod_token!r}; name its end-of-document token with --eod"
-            )
+            raise DataError(f"tokenizer {path}: no token {eod_token!r}; name its end-of-document token with --eod")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eod: int = vocabulary[eod_token]
         if self._fast:
@@ -48,12 +46,8 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without the end-of-document token."""
         if self._fast:
-            return [
-                encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            ]
-        return [
-            self._backend.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts
-        ]
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [self._backend.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens written out."""
@@ -102,9 +96,7 @@ def load_tokenizer(path: str, eod_token: str | None = None) -> TextTokenizer:
         try:
             backend = AutoTokenizer.from_pretrained(path, use_fast=False)
         except Exception as error:  # missing path, network, missing sentencepiece: many types
-            raise DataError(
-                f"{path}: neither a tokenizer here nor on the Hugging Face hub ({error})"
-            ) from None
+            raise DataError(f"{path}: neither a tokenizer here nor on the Hugging Face hub ({error})") from None
         inner = getattr(backend, "backend_tokenizer", None)
         eod_token = eod_token or backend.eos_token
         backend = inner if inner is not None else backend
@@ -113,10 +105,8 @@ def load_tokenizer(path: str, eod_token: str | None = None) -> TextTokenizer:
     return TextTokenizer(path, backend, eod_token)
 
 
-def train_tokenizer(
-    texts: Iterator[str], vocab_size: int, directory: Path, progress: bool = False
-) -> TextTokenizer:
-    """Train a byte-level BPE (every text round-trips exactly) and save it as a Hugging Face tokenizer directory.
+def train_tokenizer(texts: Iterator[str], vocab_size: int, directory: Path, progress: bool = False) -> TextTokenizer:
+    """Train a byte-level BPE (every text round-trips) and save it as a Hugging Face tokenizer directory.
 
     `vocab_size` counts the 256 bytes and the end-of-document token; little text can give fewer. Raises
     DataError where it is too small.
