@@ -1,0 +1,228 @@
+"""Opening the data sets of a run with Megatron's builder, sample indices cached once per node.
+
+    python -m megasparse.training.datasets CONFIG [a.b=c ...]
+
+builds the sample indices alone, on a machine without GPUs, ahead of a run on very large data.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megasparse.config import Config, ConfigError, Problem, dump_config, load_config
+
+NO_PAD, NO_EOD = -1, -2
+"""Token ids that no data holds: padding does not occur, and the end of a document is not looked at."""
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What GPTDataset asks a tokenizer; the data is already tokenised."""
+
+    vocab_size: int
+    eod: int
+    pad: int = NO_PAD
+
+    @property
+    def unique_identifiers(self) -> dict[str, int]:
+        """Goes into the names of the cached indices."""
+        return {"vocab_size": self.vocab_size, "eod": self.eod}
+
+
+class Datasets(NamedTuple):
+    """Megatron datasets; `valid` is None where there is nothing to validate on."""
+
+    train: Any
+    valid: Any
+
+
+@lru_cache(maxsize=4)
+def tokenizer_facts(cfg: Config) -> TokenizerFacts:
+    """Vocabulary size and end-of-document id; the id only where masks or positions depend on it.
+
+    Raises:
+        ConfigError: the id is needed and `data.tokenizer` is missing or not usable.
+    """
+    data = cfg.data
+    if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
+        return TokenizerFacts(cfg.vocab_size, NO_EOD)
+    problem = "document resets and eod_mask_loss need to know the end-of-document token"
+    if data.tokenizer is not None:
+        from megasparse.data.errors import DataError
+        from megasparse.data.tokenizer import load_tokenizer
+
+        try:
+            return TokenizerFacts(cfg.vocab_size, load_tokenizer(data.tokenizer).eod)
+        except DataError as error:
+            problem += f": {error}"
+    raise ConfigError(
+        [Problem("data.tokenizer", problem, "set it to the tokenizer that the data was written with", data.tokenizer)]
+    )
+
+
+def validation_samples(cfg: Config) -> int:
+    """Every validation reads the same samples, from the first on, so that its results can be compared."""
+    return cfg.training.eval_steps * cfg.training.global_batch_size
+
+
+def build_datasets(cfg: Config, local_rank: int = 0) -> Datasets:
+    """Opens the data sets, after the sample indices were built where they were missing. Collective.
+
+    Rank 0 builds them. Where the cache directory is local to each node (environment variables in its path are
+    expanded on each node), the first rank of every other node builds its own copy.
+
+    Raises:
+        ConfigError: a split holds no documents.
+    """
+    check_splits(cfg)
+    cache = Path(os.path.expandvars(str(cfg.cache_directory)))
+    if dist.get_world_size() > 1:
+        _build_on_nodes_with_own_disk(cfg, cache, local_rank)
+    return _build(cfg, cache)
+
+
+def _build(cfg: Config, cache: Path) -> Datasets:
+    config = _dataset_config(cfg, cache)
+    sizes = [cfg.training.steps * cfg.training.global_batch_size, validation_samples(cfg), 0]
+    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+    return Datasets(train, valid)
+
+
+def _validates(cfg: Config) -> bool:
+    shared = cfg.data.blend is not None and cfg.data.split_weights[1] > 0
+    return cfg.training.eval_steps > 0 and (shared or cfg.data.valid is not None)
+
+
+def _dataset_config(cfg: Config, cache: Path) -> GPTDatasetConfig:
+    data = cfg.data
+    where: dict[str, Any]
+    if data.blend:
+        where = {"blend": _blend(data.blend), "split": data.split}
+    else:
+        valid = _blend(data.valid) if data.valid and _validates(cfg) else None
+        where = {"blend_per_split": [_blend(data.train or ()), valid, None]}
+    config = GPTDatasetConfig(
+        random_seed=cfg.training.seed,
+        sequence_length=data.sequence_length,
+        path_to_cache=str(cache),
+        tokenizer=tokenizer_facts(cfg),  # type: ignore[arg-type]
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=False,  # made on the device from the tokens, rather than copied: s x s a sample
+        **where,
+    )
+    if data.blend and config.split_matrix is not None:
+        # Megatron would build the indices of splits that nobody reads, and never ends on one without documents.
+        config.split_matrix[2] = None  # type: ignore[call-overload]
+        if not _validates(cfg):
+            config.split_matrix[1] = None  # type: ignore[call-overload]
+    return config
+
+
+def _blend(blend: Sequence[tuple[float, str]]) -> tuple[list[str], list[float] | None]:
+    prefixes = [prefix for _, prefix in blend]
+    return prefixes, [weight for weight, _ in blend] if len(blend) > 1 else None
+
+
+def check_splits(cfg: Config) -> None:
+    """Every split that is read must hold tokens in every data set of its blend.
+
+    Raises:
+        ConfigError: one does not; the message names the data set and the split.
+    """
+    problems = []
+    for name, prefix, first, last in _parts(cfg):
+        lengths = IndexedDataset(prefix).sequence_lengths
+        begin, end = round(first * len(lengths)), round(last * len(lengths))
+        if int(lengths[begin:end].sum()) == 0:
+            problems.append(
+                Problem(
+                    "data.split" if cfg.data.blend else f"data.{name}",
+                    f"leaves no tokens for {name}: {prefix} has {len(lengths)} documents",
+                    "give the split a larger share, or more documents",
+                    cfg.data.split if cfg.data.blend else prefix,
+                )
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _parts(cfg: Config) -> list[tuple[str, str, float, float]]:
+    """(split, prefix, begin, end) of what is read; begin and end as shares of the documents."""
+    data = cfg.data
+    if data.blend:
+        train, valid, _ = data.split_weights
+        parts = [("train", prefix, 0.0, train) for _, prefix in data.blend]
+        if _validates(cfg):
+            parts += [("valid", prefix, train, train + valid) for _, prefix in data.blend]
+        return parts
+    parts = [("train", prefix, 0.0, 1.0) for _, prefix in data.train or ()]
+    if _validates(cfg):
+        parts += [("valid", prefix, 0.0, 1.0) for _, prefix in data.valid or ()]
+    return parts
+
+
+def _build_on_nodes_with_own_disk(cfg: Config, cache: Path, local_rank: int) -> None:
+    """First ranks of nodes that do not see rank 0's cache directory build the indices in a process of their own.
+
+    Megatron's builder writes on global rank 0 only; a process outside the job is its own rank 0.
+    """
+    token = [uuid.uuid4().hex if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(token, src=0)
+    marker = cache / f".seen-{token[0]}"
+    if dist.get_rank() == 0:
+        cache.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    dist.barrier()
+    failure = None
+    if local_rank == 0 and not marker.exists():
+        failure = _build_in_own_process(cfg)
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if dist.get_rank() == 0:
+        marker.unlink()
+    for rank, text in enumerate(failures):
+        if text is not None:
+            raise RuntimeError(f"building the sample indices on the node of rank {rank} failed:\n{text}")
+
+
+def _build_in_own_process(cfg: Config) -> str | None:
+    """Returns the end of the process's output where it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_config(cfg))
+        command = [sys.executable, "-m", "megasparse.training.datasets", str(path)]
+        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        env = {name: value for name, value in os.environ.items() if name not in launcher}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else (done.stdout + done.stderr)[-4000:]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Builds the sample indices of a configuration in this process alone."""
+    cfg = load_config(arguments[0], arguments[1:])
+    check_splits(cfg)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        _build(cfg, Path(os.path.expandvars(str(cfg.cache_directory))))
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,138 @@
+"""Re-initialisation of dead neurons: new gate rows for neurons that have not fired for a while.
+
+Every `sparsity.reinit.every` steps, until `until_fraction` of the run, each neuron that fired for no counted token of
+the whole job in the last `dead_window_steps` steps gets a new row in the gate matrix (in the up matrix where there is
+no gate): normal(0, std). Adam's moments of the row are zeroed and the fp32 master weights replaced, also under the
+distributed optimizer, which holds a flat range of each parameter.
+
+The new values are a function of (seed, step, layer, global neuron, column), computed by a counter-based generator, so
+they are the same at any TP, PP and DP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megasparse.config import Config
+from megasparse.training.optimizer import adam_moments, main_parameter
+
+_MASK = (1 << 64) - 1
+
+
+def reinit_is_due(cfg: Config, step: int) -> bool:
+    """Whether rows are re-initialised after step `step` (1 is the first)."""
+    reinit = cfg.sparsity.reinit
+    return bool(reinit.every) and step % reinit.every == 0 and step <= reinit.until_fraction * cfg.training.steps
+
+
+@torch.no_grad()
+def reinitialise(cfg: Config, mlps: Sequence[Any], optimizer: Any, step: int) -> list[int]:
+    """Gives dead neurons new rows. Collective.
+
+    Args:
+        cfg: the run.
+        mlps: this rank's SparseMLP modules.
+        optimizer: Megatron's optimizer.
+        step: the step that has just ended.
+
+    Returns:
+        the number of re-initialised neurons of every global layer, on every rank.
+    """
+    counts = torch.zeros(cfg.model.num_layers, dtype=torch.int64, device=torch.cuda.current_device())
+    share_idle_steps(mlps)
+    std = cfg.sparsity.reinit.std or cfg.model.init_std
+    for mlp in mlps:
+        dead = mlp.recorder.steps_since_fired >= cfg.sparsity.dead_window_steps
+        neurons = dead.nonzero().squeeze(1)
+        counts[mlp.layer_index] = neurons.numel()
+        if neurons.numel():
+            first = parallel_state.get_tensor_model_parallel_rank() * dead.numel()
+            width = mlp.linear_fc1.weight.shape[1]
+            seed = stream_seed(cfg.training.seed, step, mlp.layer_index)
+            rows = normal_rows(seed, neurons + first, width) * std
+            _replace_rows(optimizer, mlp.linear_fc1.weight, neurons, rows)
+        mlp.recorder.revive(dead)
+    # Tensor-parallel ranks hold different neurons, pipeline ranks different layers, data-parallel ranks the same.
+    dist.all_reduce(counts, group=parallel_state.get_model_parallel_group())
+    return [int(value) for value in counts.tolist()]
+
+
+@torch.no_grad()
+def share_idle_steps(mlps: Sequence[Any]) -> None:
+    """A neuron is idle only while it fires on no data- or context-parallel rank: takes the minimum over them."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if not mlps or group.size() == 1:
+        return
+    table = torch.stack([mlp.recorder.steps_since_fired for mlp in mlps])
+    dist.all_reduce(table, op=dist.ReduceOp.MIN, group=group)
+    for mlp, row in zip(mlps, table, strict=True):
+        mlp.recorder.steps_since_fired.copy_(row)
+
+
+def _replace_rows(optimizer: Any, weight: torch.nn.Parameter, neurons: torch.Tensor, rows: torch.Tensor) -> None:
+    """Writes fp32 rows [n, D] into rows `neurons` of a weight, its master copy and its (zeroed) moments."""
+    weight[neurons] = rows.to(weight.dtype)
+    main, start, end = main_parameter(optimizer, weight)
+    if main is None:
+        return
+    width = weight.shape[1]
+    position = (neurons[:, None] * width + torch.arange(width, device=weight.device)).reshape(-1) - start
+    inside = (position >= 0) & (position < end - start)
+    position = position[inside]
+    # With fp32 training main and weight are the same memory, or a view of it; writing twice does no harm.
+    main.view(-1)[position] = rows.reshape(-1)[inside].to(main.dtype)
+    for moment in adam_moments(optimizer, main):
+        moment.view(-1)[position] = 0.0
+
+
+def stream_seed(seed: int, step: int, layer: int) -> int:
+    """A 64-bit number for one (seed, step, layer)."""
+    state = 0
+    for value in (seed, step, layer):
+        state = _mix(state ^ (value + 1))
+    return state
+
+
+def _mix(value: int) -> int:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014), after its increment."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def normal_rows(seed: int, neurons: torch.Tensor, width: int) -> torch.Tensor:
+    """Standard normal fp32 [n, width]: entry (i, d) depends on (seed, neurons[i], d) alone.
+
+    splitmix64 of a counter gives 64 random bits an entry, Box-Muller makes them normal.
+    """
+    columns = torch.arange(width, device=neurons.device, dtype=torch.int64)
+    bits = _mix_tensor((neurons.to(torch.int64)[:, None] * width + columns) * 2 + _signed(seed))
+    high = (bits >> 32) & 0xFFFFFFFF
+    low = bits & 0xFFFFFFFF
+    radius = torch.sqrt(-2.0 * torch.log((high.double() + 0.5) / 4294967296.0))
+    return (radius * torch.cos(low.double() * (2.0 * math.pi / 4294967296.0))).float()
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift right: int64's own keeps the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_tensor(value: torch.Tensor) -> torch.Tensor:
+    """`_mix` of int64 entries, in wrapping arithmetic."""
+    value = value + _signed(0x9E3779B97F4A7C15)
+    value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
+    return value ^ _shift(value, 31)

@@ -1,0 +1,134 @@
+"""AdamW by Megatron-Core: parameter groups, distributed optimizer, and a step which refuses non-finite gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+from megasparse.config import Config
+
+
+def wrap_in_ddp(cfg: Config, chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Wraps each model chunk in Megatron's DistributedDataParallel, which owns the gradient buffers."""
+    parallel = cfg.parallel
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        # Non-finite gradients are looked for once a step, in the global norm: see step_optimizer.
+        check_for_nan_in_grad=False,
+    )
+    # Nothing is broadcast: every parameter is made from (seed, name), equal on all data-parallel ranks.
+    return [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=ddp,
+            module=chunk,
+            # With interleaving only the first chunk's buckets can overlap with its own backward.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(cfg: Config, model: Sequence[torch.nn.Module]) -> Any:
+    """Megatron's optimizer over the DDP-wrapped chunks. Collective: all ranks call it together."""
+    section = cfg.optimizer
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.betas[0],
+        adam_beta2=section.betas[1],
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        bf16=cfg.training.precision == "bf16",
+        params_dtype=torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        overlap_param_gather=cfg.parallel.overlap_param_gather,
+    )
+    overrides = {}
+    if section.weight_decay_exclude:
+        excluded = _excluded_from_weight_decay(section.weight_decay_exclude)
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=excluded))
+        overrides[key] = {"wd_mult": 0.0}
+    return get_megatron_optimizer(config, list(model), config_overrides=overrides)
+
+
+def _excluded_from_weight_decay(kinds: Sequence[str]) -> Callable[[torch.nn.Parameter, str], bool]:
+    """Which parameters get no weight decay. The two copies of a tied embedding under PP must agree."""
+
+    def excluded(parameter: torch.nn.Parameter, name: str) -> bool:
+        bias = name.endswith("bias")
+        norm = parameter.dim() == 1 and "norm" in name
+        embedding = "word_embeddings" in name or getattr(parameter, "shared_embedding", False)
+        return (
+            ("bias" in kinds and bias and not norm)
+            or ("norm" in kinds and norm)
+            or ("embedding" in kinds and embedding)
+        )
+
+    return excluded
+
+
+def step_optimizer(optimizer: Any, loss_is_finite: bool) -> tuple[bool, float]:
+    """Clips the gradients and updates the parameters, unless the loss or the gradient is not finite.
+
+    All ranks get the same answer: the norm is that of the whole gradient of the job.
+
+    Returns:
+        whether the parameters were updated, and the gradient's L2 norm before clipping.
+    """
+    optimizer.prepare_grads()
+    inner = _only_optimizer(optimizer)
+    clip = inner.config.clip_grad
+    # With a norm that is not finite clipping does nothing of use; those gradients are thrown away below.
+    norm = float(inner.clip_grad_norm(clip) if clip > 0 else inner.get_grad_norm())
+    if not (loss_is_finite and math.isfinite(norm)):
+        return False, norm
+    optimizer.step_with_ready_grads()
+    return True, norm
+
+
+def _only_optimizer(optimizer: Any) -> Any:
+    """Megatron chains one optimizer for dense and one for expert parameters; here there are no experts."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    if len(chained) != 1:
+        raise ValueError(f"one optimizer expected, found {len(chained)}: are there expert parameters?")
+    return chained[0]
+
+
+def main_parameter(optimizer: Any, parameter: torch.nn.Parameter) -> tuple[torch.Tensor | None, int, int]:
+    """The fp32 tensor that the optimizer updates for `parameter`, and which part of it this rank holds.
+
+    Returns:
+        (tensor, start, end): `tensor` holds elements [start, end) of the flattened parameter (all of them without
+        the distributed optimizer, then in the parameter's shape); None where this rank holds no part.
+    """
+    inner = _only_optimizer(optimizer)
+    if hasattr(inner, "model_param_gbuf_map"):
+        if parameter not in inner.model_param_gbuf_map:
+            return None, 0, 0
+        gbuf, dtype, bucket = inner.model_param_gbuf_map[parameter]
+        ranges = inner.gbuf_ranges[gbuf][dtype][bucket]["param_map"].get(parameter)
+        if ranges is None:
+            return None, 0, 0
+        group, order = inner.model_param_group_index_map[parameter]
+        tensor = inner.optimizer.param_groups[group]["params"][order]
+        return tensor, ranges["param"].start, ranges["param"].end
+    main = getattr(parameter, "main_param", None)
+    return (main if main is not None else parameter), 0, parameter.numel()
+
+
+def adam_moments(optimizer: Any, main: torch.Tensor) -> list[torch.Tensor]:
+    """First and second moment of a main parameter; empty before the first update."""
+    state = _only_optimizer(optimizer).optimizer.state.get(main, {})
+    return [state[name] for name in ("exp_avg", "exp_avg_sq") if name in state]

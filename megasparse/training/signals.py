@@ -1,0 +1,128 @@
+"""When to stop early: signals, the time limit, or a stop file. All ranks stop after the same step.
+
+A run stops early when any rank received SIGTERM or SIGUSR1 (SLURM's `--signal=USR1@120`, preemption), when the time
+limit of the configuration or of the SLURM job is near, or when a file called `stop` appears in the run directory
+(`touch runs/<name>/stop`: for launchers which do not pass signals on, torchrun among them). Every rank reports what
+it saw, in the same collective that reduces the loss; so all ranks take the same decision in the same step, save a
+checkpoint and leave.
+
+Exit codes of `megasparse pretrain` (torchrun replaces them by 1; the file `exit.json` in the run directory says the
+same under every launcher):
+
+| code | meaning | what a launcher should do |
+|---|---|---|
+| 0 | all steps are done | nothing |
+| 75 (`EX_TEMPFAIL`) | stopped early, checkpoint saved | requeue: the same command continues the run |
+| 65 (`EX_DATAERR`) | loss or gradient was not finite for too many steps in a row | look at the run before restarting |
+| other | an error | read the log |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType, TracebackType
+
+EXIT_DONE = 0
+EXIT_REQUEUE = 75
+EXIT_NOT_FINITE = 65
+
+STOP_FILE = "stop"
+EXIT_FILE = "exit.json"
+
+
+class StopReason(IntEnum):
+    """Why to stop; when ranks differ the largest wins."""
+
+    NONE = 0
+    TIME_LIMIT = 1
+    STOP_FILE = 2
+    SIGUSR1 = 3
+    SIGTERM = 4
+
+
+class StopWatcher:
+    """Remembers the signals this process gets and knows the time limit. A context manager: restores the handlers.
+
+    Handlers only set a flag, so a signal never interrupts a step, and a process forked to write a checkpoint
+    survives a SIGTERM which is sent to the whole process group.
+
+    Args:
+        time_limit_minutes: stop when this much time has passed since the process started, or None.
+        run_directory: where the stop file is looked for; only on the rank that passes it.
+        margin_seconds: how long before the end of a SLURM job (`SLURM_JOB_END_TIME`) to stop.
+    """
+
+    def __init__(
+        self,
+        time_limit_minutes: float | None = None,
+        run_directory: Path | None = None,
+        margin_seconds: float = 120.0,
+    ) -> None:
+        self._reason = StopReason.NONE
+        self._old: dict[int, object] = {}
+        self._stop_file = run_directory / STOP_FILE if run_directory is not None else None
+        self._deadline = float("inf")
+        if time_limit_minutes is not None:
+            self._deadline = process_start_time() + 60.0 * time_limit_minutes
+        job_end = os.environ.get("SLURM_JOB_END_TIME", "")
+        if job_end.isdigit():
+            self._deadline = min(self._deadline, int(job_end) - margin_seconds)
+
+    def __enter__(self) -> StopWatcher:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        reason = StopReason.SIGTERM if number == signal.SIGTERM else StopReason.SIGUSR1
+        self._reason = max(self._reason, reason)
+
+    def local_reason(self) -> StopReason:
+        """What this rank alone knows; the ranks' maximum is what counts."""
+        reason = self._reason
+        if time.time() >= self._deadline:
+            reason = max(reason, StopReason.TIME_LIMIT)
+        if self._stop_file is not None and self._stop_file.exists():
+            reason = max(reason, StopReason.STOP_FILE)
+        return reason
+
+    def clear_stop_file(self) -> None:
+        """Removes the stop file, so that the next start does not stop at once."""
+        if self._stop_file is not None:
+            self._stop_file.unlink(missing_ok=True)
+
+
+def process_start_time() -> float:
+    """Unix time at which this process started: imports and initialisation count towards a time limit."""
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
+def write_exit_file(run_directory: Path, code: int, reason: str, step: int) -> None:
+    """Writes `exit.json`: {"code", "requeue", "reason", "step"}; replaces an older one in one move."""
+    record = {"code": code, "requeue": code == EXIT_REQUEUE, "reason": reason, "step": step}
+    temporary = run_directory / (EXIT_FILE + ".tmp")
+    temporary.write_text(json.dumps(record) + "\n")
+    temporary.replace(run_directory / EXIT_FILE)
+
+
+def ignore_signals_in_worker(worker_id: int) -> None:
+    """`worker_init_fn` of data loaders: a SIGTERM to the process group must not kill the workers.
+
+    The main process still needs them until it has finished the step and saved; a worker ends when its loader closes
+    or when its parent is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

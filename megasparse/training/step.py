@@ -1,0 +1,151 @@
+"""One optimizer step: forward and backward of all micro-batches, the reduced loss, the update.
+
+Losses are sums over counted tokens (`calculate_per_token_loss`): Megatron divides the gradient by the number of
+counted tokens of the global batch, once. The mean is then exact whatever the layout, the micro-batches and the masks,
+and the L1 term, which the sparse MLPs add to the graph as sums too, keeps its weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megasparse.config import Config
+from megasparse.training.data import MicroBatch
+from megasparse.training.optimizer import step_optimizer
+from megasparse.training.signals import StopReason
+
+
+class NotFiniteError(RuntimeError):
+    """Loss or gradient was not finite for too many steps in a row."""
+
+
+class StepResult(NamedTuple):
+    """The same on every rank."""
+
+    loss: float
+    """Mean cross entropy per counted token of the global batch, nats."""
+    tokens: int
+    """Counted tokens of the global batch."""
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping."""
+    updated: bool
+    """False where loss or gradient was not finite: the parameters are as before."""
+    not_finite_ranks: list[int]
+    """Ranks (of the last pipeline stage) whose own loss was not finite."""
+    stop: StopReason
+    """Why to stop after this step, if at all."""
+
+
+def connect_schedule(cfg: Config, model: Sequence[torch.nn.Module]) -> None:
+    """Tells Megatron's pipeline schedules how gradients of these DDP-wrapped chunks are finished and overlapped."""
+    config = model[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    if cfg.parallel.overlap_grad_reduce:
+        single = len(model) == 1
+        no_sync = [chunk.no_sync for chunk in model]
+        start = [chunk.start_grad_sync for chunk in model]
+        config.no_sync_func = no_sync[0] if single else no_sync
+        config.grad_sync_func = start[0] if single else start
+
+
+def token_loss(batch: MicroBatch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses of the last stage, fp32 [b, s] -> (their sum over counted tokens, the number of these, what to report)."""
+    mask = batch.loss_mask
+    total = torch.sum(losses.float() * mask)
+    count = mask.sum().to(torch.int)
+    return total, count, {"loss": total.detach(), "tokens": count.detach()}
+
+
+def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """Megatron's forward step of one micro-batch through one model chunk; masks go to every pipeline stage."""
+    batch = next(batches)
+    output = model(
+        input_ids=batch.tokens,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        padding_mask=batch.padding_mask,
+    )
+    return output, partial(token_loss, batch)
+
+
+def run_schedule(
+    cfg: Config, model: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
+    """All micro-batches through Megatron's schedule; what `token_loss` reports, on the last stage alone."""
+    chunks = list(model)
+    many = len(chunks) > 1
+    return list(
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in chunks] if many else iter(batches),
+            model=chunks if many else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=cfg.data.sequence_length,
+            micro_batch_size=cfg.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        or []
+    )
+
+
+def reduce_losses(
+    reports: Sequence[dict[str, torch.Tensor]], device: torch.device, stop: StopReason = StopReason.NONE
+) -> tuple[float, int, list[int], StopReason]:
+    """One all-reduce over the job: (loss sum, counted tokens, ranks with a loss that is not finite, why to stop).
+
+    Every model replica counts once: its last stage reports, on the first tensor-parallel rank.
+    """
+    reasons = len(StopReason)
+    world = dist.get_world_size()
+    row = torch.zeros(2 + reasons + world, dtype=torch.float64, device=device)
+    row[2 + stop] = 1.0
+    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+        loss = torch.stack([report["loss"].double() for report in reports]).sum()
+        row[0] = loss
+        row[1] = torch.stack([report["tokens"] for report in reports]).sum()
+        row[2 + reasons + dist.get_rank()] = (~torch.isfinite(loss)).double()
+    dist.all_reduce(row)
+    values = row.tolist()
+    stops = [reason for reason in StopReason if values[2 + reason] > 0]
+    bad = [rank for rank in range(world) if values[2 + reasons + rank] > 0]
+    return values[0], int(values[1]), bad, max(stops)
+
+
+def train_step(
+    cfg: Config,
+    model: Sequence[torch.nn.Module],
+    optimizer: Any,
+    batches: Sequence[MicroBatch],
+    stop: StopReason,
+    after_backward: Any = None,
+) -> StepResult:
+    """Runs one step on every rank.
+
+    Args:
+        cfg: the run.
+        model: DDP-wrapped chunks of this rank.
+        optimizer: Megatron's optimizer.
+        batches: this rank's micro-batches.
+        stop: why this rank wants to stop.
+        after_backward: called between the backward pass and the update.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    reports = run_schedule(cfg, model, batches, forward_only=False)
+    if after_backward is not None:
+        after_backward()
+    total, tokens, bad, reason = reduce_losses(reports, batches[0].tokens.device, stop)
+    loss = total / tokens if tokens else 0.0
+    updated, norm = step_optimizer(optimizer, math.isfinite(loss))
+    return StepResult(loss, tokens, norm, updated, bad, reason)
