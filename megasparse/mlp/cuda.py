@@ -17,6 +17,9 @@ _log = logging.getLogger("megasparse.mlp")
 ALIGNMENT = 8
 """D must be a multiple of this: rows are copied in pieces of 16 bytes."""
 
+MAX_NEURONS = 65536
+"""Offsets within a row are 16-bit."""
+
 
 @functools.cache
 def _library_problem(index: int) -> str | None:
@@ -32,12 +35,12 @@ def _library_problem(index: int) -> str | None:
     return None
 
 
-def device_reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why there are no kernels for layers of this device, type and D; None if there are. May build them."""
+def device_reason(device: torch.device, dtype: torch.dtype, width: int, hidden: int) -> str | None:
+    """Why there are no kernels for layers of this device, type, D and H; None if there are. May build them."""
     if device.type != "cuda":
         return f"there are no kernels for {device.type} devices"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _cuda_reason(index, dtype, width, True)
+    return _cuda_reason(index, dtype, width, hidden, True)
 
 
 def unsupported_reason(x: Tensor, w_in: Tensor, w_down: Tensor) -> str | None:
@@ -46,15 +49,17 @@ def unsupported_reason(x: Tensor, w_in: Tensor, w_down: Tensor) -> str | None:
     if not x.is_cuda:
         return None if x.device.type == "cpu" else f"there are no kernels for {x.device.type} devices"
     contiguous = w_in.is_contiguous() and w_down.is_contiguous()
-    return _cuda_reason(x.device.index or 0, x.dtype, x.shape[-1], contiguous)
+    return _cuda_reason(x.device.index or 0, x.dtype, x.shape[-1], w_down.shape[0], contiguous)
 
 
 @torch.compiler.assume_constant_result
-def _cuda_reason(index: int, dtype: torch.dtype, width: int, contiguous: bool) -> str | None:
+def _cuda_reason(index: int, dtype: torch.dtype, width: int, hidden: int, contiguous: bool) -> str | None:
     if dtype != torch.bfloat16:
         return f"the kernels compute in bf16, not {dtype}"
     if width % ALIGNMENT:
         return f"the kernels need a hidden size that is a multiple of {ALIGNMENT}, not {width}"
+    if not 1 <= hidden <= MAX_NEURONS:
+        return f"the kernels take 1 to {MAX_NEURONS} neurons a rank, not {hidden}"
     if not contiguous:
         return "the kernels need contiguous weights"
     return _library_problem(index)

@@ -77,7 +77,7 @@ class LayerRouter:
         self.l0_bound: float | None = None
         device = torch.device(device)
         self._can_change = mode == "auto" and device.type == "cuda"
-        if self._can_change and (reason := device_reason(device, dtype, width)) is not None:
+        if self._can_change and (reason := device_reason(device, dtype, width, hidden)) is not None:
             note_dense(reason)
             self._can_change = False
 

@@ -140,7 +140,7 @@ def _(
         x.new_empty(padded_tokens + 1, dtype=torch.int64),
         x.new_empty(tiles, words, dtype=torch.int64),
         x.new_empty(tiles, padded_hidden, dtype=torch.int32),
-        x.new_empty(4, tiles + 1, dtype=torch.int32),
+        x.new_empty(3, tiles + 1, dtype=torch.int32),
         *(x.new_empty(capacity) for _ in range(1 if w_in.shape[0] == hidden else 2)),
     ]
 

@@ -46,9 +46,8 @@ class TileLists(NamedTuple):
     union_index: Tensor
     """int32 [Mt, Hp]: the union's positions, ascending; -1 after them."""
     tile_info: Tensor
-    """int32 [4, Mt + 1]: union size U; exclusive sums of ceil(U / 64) and of ceil(U / 256); tiles by
-    descending
-    U (ties by index). The first and last rows end in an unused 0."""
+    """int32 [3, Mt + 1]: union size U; exclusive sums of ceil(U / 64); tiles by descending U (ties by index).
+    The first and last rows end in an unused 0."""
 
 
 class Sizes(NamedTuple):
@@ -115,9 +114,8 @@ def tile_lists(pattern: Pattern) -> TileLists:
     positions = torch.arange(union.shape[1], device=union.device).expand_as(union)
     ranked = torch.where(union, positions, union.shape[1]).sort(1).values
     index = torch.where(ranked == union.shape[1], -1, ranked)
-    info = torch.zeros(4, tiles + 1, dtype=torch.int32, device=union.device)
+    info = torch.zeros(3, tiles + 1, dtype=torch.int32, device=union.device)
     info[0, :tiles] = count
     info[1, 1:] = ((count + 63) // 64).cumsum(0)
-    info[2, 1:] = ((count + 255) // 256).cumsum(0)
-    info[3, :tiles] = count.sort(descending=True, stable=True).indices
+    info[2, :tiles] = count.sort(descending=True, stable=True).indices
     return TileLists(bits_to_words(union), index.to(torch.int32), info)

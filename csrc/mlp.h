@@ -1,0 +1,28 @@
+// The sparse MLP on one device: forward and backward as sequences of kernel launches. Shapes and formats: README.md.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+namespace megasparse {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// As megasparse::mlp_sparse_forward (megasparse/mlp/sparse.py) on CUDA tensors of the current device. `stream` is a
+// cudaStream_t: the caller's current stream.
+std::vector<at::Tensor> mlp_forward(const at::Tensor& x, const at::Tensor& w_in, const at::Tensor& w_down,
+                                    const OptionalTensor& token_mask, const OptionalTensor& order, bool save,
+                                    int64_t capacity, int64_t stream);
+
+// As megasparse::mlp_sparse_backward.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_backward(
+    const at::Tensor& dy, const OptionalTensor& dl1, const at::Tensor& x, const at::Tensor& w_in,
+    const at::Tensor& w_down, const OptionalTensor& token_mask, const OptionalTensor& order,
+    const std::vector<at::Tensor>& saved, const OptionalTensor& main_w_in, const OptionalTensor& main_w_down,
+    int64_t stream);
+
+}  // namespace megasparse
