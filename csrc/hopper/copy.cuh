@@ -30,6 +30,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* src, bool
                : "memory");
 }
 
+// Groups of a thread's cp.async: commit closes one, wait returns when at most kPending of the newest are under way.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Contiguous copy global -> shared; completes `bytes` (multiple of 16, 16-byte aligned ends) on `bar`.
 __device__ __forceinline__ void bulk_load(void* smem, const void* src, uint32_t bytes, uint64_t* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

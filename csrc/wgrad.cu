@@ -1,0 +1,423 @@
+// Weight gradients: dW[tile of neurons, 256 columns of D] = A^T B, K = the tokens for which any neuron of the tile is
+// active. Output stationary, so nothing is added atomically and fp32 main_grad is touched once.
+//
+//   gated dw_in   tile = 64 positions; A = [dg | du], 2 x 64 neurons, B = gathered rows of x
+//   dw_down       tile = 128 positions; A = h, B = gathered rows of dy     (non-gated dw_in: A = du, B = x, likewise)
+//
+// A is built in shared memory from the packed values: a thread owns one token's two lines of 64 neurons (128 bytes each),
+// copies their values (a contiguous run a line) to its own staging bytes with cp.async, then writes zeros and scatters by
+// the masks.
+// B: 64 gathered token rows x 512 bytes by cp.async. Both operands lie [k][128 bytes], that is MN-major.
+//
+//   threads     384: two gather and two build warps (56 registers), two consumer warpgroups of 64 x 256 (224)
+//   shared      3 stages x 48 KB + 36 KB staged values + 18 KB epilogue staging
+//   FLOPs       2 * 128 * 256 * 64 a k-step; k-steps = ceil(D / 256) * (sum over tiles of ceil(tokens / 64))
+//   L2 -> SM    32 KB of B, 1-2 KB of rows and 32 B or more a run of values per 4.2 MFLOP (about 115 FLOP/B)
+//   bound       tensor cores, then gather bandwidth (x and dy are larger than L2)
+//
+// A tile with more tokens than a fair share is cut along K. Each chunk writes its fp32 tile to scratch; the last chunk to
+// arrive adds them all up in chunk order, whoever it is.
+#include "megasparse/wgrad.h"
+
+#include "gather_gemm.cuh"
+#include "wgrad_lists.cuh"
+#include "work_queue.cuh"
+
+namespace megasparse {
+namespace {
+
+constexpr int kStages = 3;
+constexpr int kStageBytes = kABytes + kBBytes;
+constexpr int kThreads = 384;
+constexpr int kReaders = 4 + kConsumerWarps;
+constexpr int kGatherWarps = 2;
+
+// A run of up to 64 values, copied in 16-byte windows: 9 of them at worst.
+constexpr int kRunBytes = 144;
+constexpr int kRunBuffers = 2;
+
+struct Shared {
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+  WorkSlots<WgradJob> work;
+  int last_chunk[2];
+};
+constexpr int kSharedBytes =
+    1024 + kStages * kStageBytes + kConsumerWarps * kEpilogueWarpBytes + kRunBuffers * 128 * kRunBytes + sizeof(Shared);
+static_assert(kSharedBytes <= 232448, "shared memory of one block");
+
+struct Product {
+  const uint4* b;          // [M, D]
+  const uint8_t* values[2];  // packed values of each half of the tile's 128 rows
+  const int32_t* tokens;
+  const TileRow* rows;
+  void* out[2];            // [H, D] each
+  int row_subs;            // 64-position tiles in a tile
+};
+
+struct KernelParams {
+  Product product[2];
+  const int32_t* order;
+  const WgradJob* jobs;
+  int32_t* state;
+  float* partials;
+  int64_t h;
+  int64_t d;
+  int64_t mp;
+  int columns;
+  WgradOutput output;
+};
+
+// Claims the next job in small steps, one a k-step of the running job, so that no latency is waited for.
+struct Claim {
+  int step = 3;
+  int unit = 0;
+  WgradJob next = {};
+
+  __device__ __forceinline__ void advance(const KernelParams& p, int units, WorkSlots<WgradJob>& slots,
+                                          hopper::RingState<kWorkSlots>& ring) {
+    if (step == 0) {
+      unit = gridDim.x + atomicAdd(p.state + 1, 1);
+    } else if (step == 1) {
+      if (unit < units) {
+        next = p.jobs[unit / p.columns];
+        next.column = unit % p.columns;
+      } else {
+        next.tile = -1;
+      }
+    } else if (step == 2) {
+      post_work(slots, ring, next);
+    }
+    ++step;
+  }
+};
+
+// Copies one run into the thread's staging bytes.
+__device__ __forceinline__ void stage_run(const uint8_t* values, const TileRow& row, uint32_t staged) {
+  const int count = __popcll(row.mask);
+  if (count > 0) {
+    const uint8_t* src = values + ((static_cast<uint64_t>(row.start) * 2) & ~15ull);
+    const int bytes = (row.start & 7) * 2 + count * 2;
+    for (int b = 0; b < bytes; b += 16) hopper::cp_async_16(staged + b, src + b, true);
+  }
+}
+
+// Writes one token's lines in both halves of A: line 0 at `line`, line 1 8 KB on, swizzled by the token's place in the k-step.
+__device__ __forceinline__ void build_lines(uint8_t* line, uint32_t swizzle, const TileRow& row0, const TileRow& row1,
+                                            const uint8_t* staged) {
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    *reinterpret_cast<uint4*>(line + ((c * 16) ^ swizzle)) = make_uint4(0, 0, 0, 0);
+    *reinterpret_cast<uint4*>(line + kABytes / 2 + ((c * 16) ^ swizzle)) = make_uint4(0, 0, 0, 0);
+  }
+  const uint16_t* v0 = reinterpret_cast<const uint16_t*>(staged) + (row0.start & 7);
+  const uint16_t* v1 = reinterpret_cast<const uint16_t*>(staged + kRunBytes) + (row1.start & 7);
+  uint64_t bits0 = row0.mask, bits1 = row1.mask;
+  while ((bits0 | bits1) != 0) {
+    // Two values of each line an iteration; reads past the end of a run stay in its staging bytes and are not used.
+    const uint16_t a0 = v0[0], a1 = v0[1], b0 = v1[0], b1 = v1[1];
+    v0 += 2;
+    v1 += 2;
+    const auto put = [&](uint8_t* to, uint64_t& bits, uint16_t value) {
+      if (bits != 0) {
+        const uint32_t j = (__ffsll(static_cast<long long>(bits)) - 1) * 2;
+        bits &= bits - 1;
+        *reinterpret_cast<uint16_t*>(to + (j ^ swizzle)) = value;
+      }
+    };
+    put(line, bits0, a0);
+    put(line + kABytes / 2, bits1, b0);
+    put(line, bits0, a1);
+    put(line + kABytes / 2, bits1, b1);
+  }
+}
+
+__device__ __forceinline__ void store_fp32(float* row, int64_t c, float a, float b, bool accumulate) {
+  if (accumulate) {
+    hopper::red_add_f32x2(row + c, a, b);
+  } else {
+    *reinterpret_cast<float2*>(row + c) = make_float2(a, b);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constant__ KernelParams p) {
+  extern __shared__ uint8_t raw[];
+  uint8_t* stages = raw + (1024 - (hopper::smem_addr(raw) & 1023)) % 1024;
+  uint8_t* epilogue = stages + kStages * kStageBytes;
+  uint8_t* runs = epilogue + kConsumerWarps * kEpilogueWarpBytes;
+  Shared& sh = *reinterpret_cast<Shared*>(runs + kRunBuffers * 128 * kRunBytes);
+
+  const int warpgroup = threadIdx.x / 128;
+  const int warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      hopper::mbarrier_init(&sh.full[s], kGatherWarps * 32 + 2);  // gather threads, build warps
+      hopper::mbarrier_init(&sh.empty[s], kConsumerWarps);
+    }
+    init_work(sh.work, kReaders);
+    hopper::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  hopper::RingState<kStages> ring;
+  hopper::RingState<kWorkSlots> work_ring;
+
+  if (warpgroup == 0) {
+    hopper::setmaxnreg_decrease<56>();
+    if (warp < kGatherWarps) {
+    const bool leader = threadIdx.x == 0;
+    const int units = p.state[0];
+    Claim claim;
+    hopper::RingState<kWorkSlots> post_ring;
+    if (leader) {
+      claim.unit = blockIdx.x;
+      for (claim.step = 1; claim.step < 3;) claim.advance(p, units, sh.work, post_ring);
+    }
+    const uint32_t row16 = static_cast<uint32_t>(p.d / 8);
+    const uint32_t slab = hopper::smem_addr(stages) + kABytes + (lane / 8) * kSlabBytes + warp * 4096;
+    while (true) {
+      const WgradJob job = take_work(sh.work, work_ring, lane);
+      if (job.tile < 0) break;
+      claim.step = 0;
+      const Product& product = p.product[job.product];
+      const int64_t column = static_cast<int64_t>(job.column) * kTileN + lane * 8;
+      const bool in_range = column < p.d;
+      const uint4* base = product.b + (in_range ? column / 8 : 0);
+      const int32_t* tokens = product.tokens + job.tile * p.mp + job.first * 64 + warp * 32 + lane;
+      int row = job.ksteps > 0 ? __ldg(tokens) : -1;
+      for (int k = 0; k < job.ksteps; ++k) {
+        if (leader && claim.step < 3) claim.advance(p, units, sh.work, post_ring);
+        const int current = row;
+        if (k + 1 < job.ksteps) row = __ldg(tokens + (k + 1) * 64);
+        hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
+        __syncwarp();
+        gather_rows<32>(slab + ring.stage * kStageBytes, base, current, row16, in_range, lane);
+        hopper::mbarrier_arrive_cp_async(&sh.full[ring.stage]);
+        ring.advance();
+      }
+      if (leader) {
+        while (claim.step < 3) claim.advance(p, units, sh.work, post_ring);
+      }
+      __syncwarp();
+    }
+    hopper::cp_async_wait_all();
+    } else {
+    const int place = (warp - kGatherWarps) * 32 + lane;
+    const uint32_t swizzle = (place & 7) << 4;
+    uint8_t* line = stages + place * 128;
+    uint8_t* staged = runs + place * 2 * kRunBytes;
+    const uint32_t staged_address = hopper::smem_addr(staged);
+    constexpr int kBuffer = 128 * kRunBytes;
+    while (true) {
+      const WgradJob job = take_work(sh.work, work_ring, lane);
+      if (job.tile < 0) break;
+      if (job.ksteps == 0) continue;
+      const Product& product = p.product[job.product];
+      const uint8_t* values0 = product.values[0];
+      const uint8_t* values1 = product.values[1];
+      // The second line's rows; the same ones where both lines are of the same neurons.
+      const int64_t second = product.row_subs == 2 ? p.mp : 0;
+      const TileRow* rows = product.rows + job.tile * product.row_subs * p.mp + job.first * 64 + place;
+      // Rows two steps ahead, values one step ahead.
+      TileRow row0 = rows[0], row1 = rows[second];
+      stage_run(values0, row0, staged_address);
+      stage_run(values1, row1, staged_address + kRunBytes);
+      hopper::cp_async_commit();
+      TileRow next0 = {0, 0, 0}, next1 = {0, 0, 0};
+      if (job.ksteps > 1) next0 = rows[64], next1 = rows[64 + second];
+      for (int k = 0; k < job.ksteps; ++k) {
+        const uint32_t other = ((k + 1) & 1) * kBuffer;
+        stage_run(values0, next0, staged_address + other);
+        stage_run(values1, next1, staged_address + other + kRunBytes);
+        hopper::cp_async_commit();
+        TileRow after0 = {0, 0, 0}, after1 = {0, 0, 0};
+        if (k + 2 < job.ksteps) after0 = rows[(k + 2) * 64], after1 = rows[(k + 2) * 64 + second];
+        hopper::cp_async_wait<1>();
+        hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
+        build_lines(line + ring.stage * kStageBytes, swizzle, row0, row1, staged + (k & 1) * kBuffer);
+        hopper::fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) hopper::mbarrier_arrive(&sh.full[ring.stage]);
+        ring.advance();
+        row0 = next0, row1 = next1;
+        next0 = after0, next1 = after1;
+      }
+      hopper::cp_async_wait_all();
+    }
+    }
+  } else {
+    hopper::setmaxnreg_increase<224>();
+    const int half = warpgroup - 1;
+    const int thread = threadIdx.x % 128;
+    const uint32_t smem = hopper::smem_addr(stages);
+    const uint64_t a_desc = hopper::wgmma_descriptor_mn_major(smem + half * (kABytes / 2), kSlabBytes);
+    const uint64_t b_desc = hopper::wgmma_descriptor_mn_major(smem + kABytes, kSlabBytes);
+    uint8_t* staging = epilogue + (half * 4 + warp) * kEpilogueWarpBytes;
+    while (true) {
+      const WgradJob job = take_work(sh.work, work_ring, lane);
+      if (job.tile < 0) break;
+      float acc[128];
+      if (job.ksteps == 0) {
+#pragma unroll
+        for (int i = 0; i < 128; ++i) acc[i] = 0.f;
+      }
+      mma_unit<kStages, kStageBytes, true>(acc, job.ksteps, a_desc, b_desc, sh.full, sh.empty, ring, lane);
+
+      if (job.chunks > 1) {
+        constexpr int kTile = kTileM * kTileN;
+        float* first = p.partials + static_cast<int64_t>(job.partial + job.column) * kTile + half * (kTile / 2) + thread * 4;
+        const int64_t chunk_stride = static_cast<int64_t>(p.columns) * kTile;
+        float* mine = first + job.chunk * chunk_stride;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          __stcg(reinterpret_cast<float4*>(mine + i * 512),
+                 make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+        }
+        __threadfence();
+        hopper::named_barrier_sync(1 + half, 128);
+        if (thread == 0) {
+          int32_t* arrivals = p.state + kArrivalsBegin + (job.partial + job.column) * 2 + half;
+          sh.last_chunk[half] = atomicAdd(arrivals, 1) == job.chunks - 1;
+          __threadfence();
+        }
+        hopper::named_barrier_sync(1 + half, 128);
+        const bool last = sh.last_chunk[half];
+        hopper::named_barrier_sync(1 + half, 128);
+        if (!last) continue;
+        __threadfence();
+#pragma unroll
+        for (int i = 0; i < 128; ++i) acc[i] = 0.f;
+        for (int c = 0; c < job.chunks; ++c) {
+#pragma unroll
+          for (int i = 0; i < 32; ++i) {
+            const float4 v = __ldcg(reinterpret_cast<const float4*>(first + c * chunk_stride + i * 512));
+            acc[4 * i] += v.x;
+            acc[4 * i + 1] += v.y;
+            acc[4 * i + 2] += v.z;
+            acc[4 * i + 3] += v.w;
+          }
+        }
+      }
+
+      const Product& product = p.product[job.product];
+      const int64_t column = static_cast<int64_t>(job.column) * kTileN;
+      const int64_t position = static_cast<int64_t>(job.tile) * 64 * product.row_subs + (product.row_subs - 1) * half * 64 +
+                               warp * 16;
+      const auto weight_row = [&](int r) -> int64_t {
+        const int64_t at = position + r;
+        return at >= p.h ? -1 : p.order != nullptr ? __ldg(p.order + at) : at;
+      };
+      if (p.output == WgradOutput::kBf16) {
+        __nv_bfloat16* out = static_cast<__nv_bfloat16*>(product.out[half]);
+        store_bf16_tile(acc, staging, lane, column, p.d, [&](int r) {
+          const int64_t n = weight_row(r);
+          return n >= 0 ? out + n * p.d : nullptr;
+        });
+      } else {
+        const bool accumulate = p.output == WgradOutput::kFp32Accumulate;
+        float* out = static_cast<float*>(product.out[half]);
+        const int64_t rows[2] = {weight_row(lane / 4), weight_row(lane / 4 + 8)};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (rows[r] < 0) continue;
+          float* row = out + rows[r] * p.d + column + lane % 4 * 2;
+#pragma unroll
+          for (int j = 0; j < 32; ++j) {
+            if (column + lane % 4 * 2 + j * 8 < p.d) {
+              store_fp32(row, j * 8, acc[4 * j + 2 * r], acc[4 * j + 2 * r + 1], accumulate);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Cuts the scratch up; with a null base, only counts.
+size_t carve(const WgradParams& p, void* base, WgradWorkspace& ws) {
+  size_t used = 0;
+  const auto take = [&](size_t bytes) {
+    uint8_t* at = static_cast<uint8_t*>(base) + used;
+    used += aligned(bytes);
+    return base != nullptr ? static_cast<void*>(at) : nullptr;
+  };
+  ws.mp = (p.m + 127) / 128 * 128;
+  ws.words = static_cast<int>((p.h_size + 63) / 64);
+  ws.columns = static_cast<int>((p.d + kTileN - 1) / kTileN);
+  ws.bits = static_cast<uint32_t*>(take(ws.words * ws.mp / 8));
+  const int pairs = (ws.words + 1) / 2;
+  for (int i = 0; i < 2; ++i) {
+    WgradLists& list = ws.lists[i];
+    if (i == 1 && !p.gated) {
+      list = ws.lists[0];
+      break;
+    }
+    list.subs = i == 0 && p.gated ? 1 : 2;
+    list.tiles = list.subs == 1 ? ws.words : pairs;
+    list.tokens = static_cast<int32_t*>(take(list.tiles * ws.mp * sizeof(int32_t)));
+    list.rows = static_cast<TileRow*>(take(list.tiles * list.subs * ws.mp * sizeof(TileRow)));
+    list.ksteps = static_cast<int32_t*>(take(list.tiles * sizeof(int32_t)));
+  }
+  // Cut tiles hold at most 4/3 of the 2 * sm_count shares; see plan_kernel.
+  ws.max_partials = (8 * p.sm_count + 2) / 3 + 1;
+  const int tiles = ws.lists[0].tiles + ws.lists[1].tiles;
+  ws.jobs = static_cast<WgradJob*>(take((tiles + ws.max_partials) * sizeof(WgradJob)));
+  ws.state = static_cast<int32_t*>(take((kArrivalsBegin + 2 * ws.max_partials) * sizeof(int32_t)));
+  ws.partials = static_cast<float*>(take(static_cast<size_t>(ws.max_partials) * kTileM * kTileN * sizeof(float)));
+  return used;
+}
+
+}  // namespace
+
+size_t wgrad_workspace_bytes(const WgradParams& p) {
+  WgradWorkspace ws = {};
+  return carve(p, nullptr, ws);
+}
+
+cudaError_t launch_wgrad(const WgradParams& p, void* workspace, cudaStream_t stream) {
+  if (p.h_size <= 0 || p.d <= 0) return cudaSuccess;
+  if (p.d % 8 != 0 || p.sm_count <= 0) return cudaErrorInvalidValue;
+  WgradWorkspace ws = {};
+  carve(p, workspace, ws);
+  const int grid = p.sm_count;
+  cudaError_t error = launch_wgrad_lists(p, ws, grid, stream);
+  if (error != cudaSuccess) return error;
+
+  KernelParams k = {};
+  for (int i = 0; i < 2; ++i) {
+    Product& product = k.product[i];
+    const void* first = i == 1 ? p.h : p.gated ? p.dg : p.du;
+    const void* second = i == 1 ? p.h : p.du;
+    product.b = static_cast<const uint4*>(i == 1 ? p.dy : p.x);
+    product.values[0] = static_cast<const uint8_t*>(first);
+    product.values[1] = static_cast<const uint8_t*>(second);
+    product.tokens = ws.lists[i].tokens;
+    product.rows = ws.lists[i].rows;
+    product.row_subs = ws.lists[i].subs;
+    product.out[0] = i == 1 ? p.dw_down : p.dw_in;
+    product.out[1] = product.out[0];
+  }
+  if (p.gated) {
+    const int64_t element = p.output == WgradOutput::kBf16 ? 2 : 4;
+    k.product[0].out[1] = static_cast<uint8_t*>(p.dw_in) + p.h_size * p.d * element;
+  }
+  k.order = p.order;
+  k.jobs = ws.jobs;
+  k.state = ws.state;
+  k.partials = ws.partials;
+  k.h = p.h_size;
+  k.d = p.d;
+  k.mp = ws.mp;
+  k.columns = ws.columns;
+  k.output = p.output;
+  error = cudaFuncSetAttribute(wgrad_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  wgrad_kernel<<<grid, kThreads, kSharedBytes, stream>>>(k);
+  return cudaGetLastError();
+}
+
+}  // namespace megasparse
