@@ -1,0 +1,245 @@
+"""The `megasparse` command.
+
+Modules are imported by the command that needs them, so that `--help` and mistakes in a config answer at once.
+An exception type that this package defines is a message to the user: it ends as that message and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import megasparse
+
+EXIT_MISTAKE = 2
+OVERRIDES = "a.b=c"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 done, 1 `doctor` found a failure, 2 a mistake that the message explains."""
+    args = _parse(arguments)
+    try:
+        code = args.run(args)
+    except KeyboardInterrupt:
+        print("megasparse: interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except Exception as error:
+        if not type(error).__module__.startswith("megasparse."):
+            raise
+        if os.environ.get("MEGASPARSE_TRACEBACK"):
+            traceback.print_exc()
+        _print_mistake(error)
+        code = EXIT_MISTAKE
+    sys.exit(code)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, but overrides may also stand after options (argparse takes them in one piece only)."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (see megasparse COMMAND --help)")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _print_mistake(error: Exception) -> None:
+    """Once a job where every rank makes the same mistake; with rank and host where it may be this rank's own."""
+    from megasparse.config import ConfigError
+
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    if rank == 0:
+        print(f"megasparse: {error}", file=sys.stderr)
+    elif not isinstance(error, ConfigError) or getattr(error, "host_specific", False):
+        print(f"megasparse (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megasparse", description="Pretraining of large language models with activation sparsity."
+    )
+    parser.add_argument("--version", action="version", version=f"megasparse {megasparse.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_preprocess, _add_pretrain, _add_evaluate, _add_report, _add_doctor):
+        add(commands)
+    return parser
+
+
+def _add_preprocess(commands: Any) -> None:
+    parser = commands.add_parser(
+        "preprocess",
+        help="tokenise text, JSON lines or Parquet into a data set",
+        description="Writes OUTPUT.bin and OUTPUT.idx (Megatron's format) and OUTPUT.json (counts). Nothing is "
+        "written, and nothing replaced, unless all of it succeeds.",
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl, .parquet (.gz too), or a folder")
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="path without .bin/.idx")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, Hugging Face folder or hub name")
+    source.add_argument(
+        "--train-tokenizer",
+        type=int,
+        metavar="VOCAB",
+        help="train a byte-level BPE of this many tokens on the inputs",
+    )
+    parser.add_argument(
+        "--tokenizer-output", type=Path, metavar="DIR", help="where a trained one goes (PREFIX-tokenizer)"
+    )
+    parser.add_argument(
+        "--train-megabytes", type=float, default=100.0, metavar="MB", help="text to train it on (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or Parquet column (%(default)s)")
+    parser.add_argument("--per-line", action="store_true", help="each line of a text file is a document, not the file")
+    parser.add_argument(
+        "--include", action="append", metavar="GLOB", help="file names taken from folders (*.txt, *.jsonl, *.parquet)"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="files or folders left out of folders"
+    )
+    parser.add_argument("--shuffle-files", type=int, metavar="SEED", help="shuffle the order of the files")
+    parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (the tokenizer's own)")
+    parser.add_argument("--no-eod", action="store_true", help="do not end documents with it")
+    parser.add_argument("--skip-damaged", action="store_true", help="pass over unreadable documents and count them")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    parser.set_defaults(run=_preprocess)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar=OVERRIDES, help="override a key, for example training.steps=100"
+    )
+
+
+def _add_pretrain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "pretrain",
+        help="train a model as a YAML file says",
+        description="On several GPUs start it with torchrun or srun: one process a GPU.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    _add_overrides(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
+    plan = parser.add_argument_group("with --dry-run")
+    plan.add_argument("--world-size", type=int, metavar="N", help="GPUs of the job (the smallest that fits)")
+    plan.add_argument("--l0", type=float, metavar="L0", help="active neurons per token to assume")
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="warn where a GPU of this size is too small")
+    parser.set_defaults(run=_pretrain)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="validation loss, perplexity and per-layer L0 of a checkpoint")
+    parser.add_argument(
+        "run", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint) or a checkpoint"
+    )
+    _add_overrides(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="write a run's HTML report from its metrics.jsonl")
+    parser.add_argument("directory", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (RUN/report.html)")
+    parser.set_defaults(run=_report)
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine and say what each missing thing costs",
+        description="Exit code 0: training can work here; 1: something is broken.",
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.set_defaults(run=_doctor)
+
+
+def _preprocess(args: argparse.Namespace) -> int:
+    from megasparse.data.documents import DEFAULT_INCLUDE
+    from megasparse.data.preprocess import PreprocessOptions, preprocess
+    from megasparse.data.progress import show_progress
+
+    # Ending by SIGTERM must remove the half-written files as ending by an exception does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    options = PreprocessOptions(
+        inputs=args.inputs,
+        output=args.output,
+        tokenizer=args.tokenizer,
+        train_vocab_size=args.train_tokenizer,
+        train_megabytes=args.train_megabytes,
+        tokenizer_output=args.tokenizer_output,
+        eod_token=args.eod,
+        append_eod=not args.no_eod,
+        text_key=args.text_key,
+        per_line=args.per_line,
+        include=args.include or DEFAULT_INCLUDE,
+        exclude=args.exclude,
+        shuffle_seed=args.shuffle_files,
+        workers=args.workers,
+        skip_damaged=args.skip_damaged,
+        overwrite=args.overwrite,
+    )
+    with show_progress() as progress:
+        result = preprocess(options, progress)
+    print(
+        f"{args.output}.bin, .idx: {result.documents:,} documents, {result.tokens:,} tokens of a vocabulary of "
+        f"{result.vocab_size:,}"
+    )
+    if result.empty:
+        print(f"{result.empty:,} empty documents left out")
+    if result.damaged:
+        print(f"{len(result.damaged):,} damaged documents left out; the first: {result.damaged[0]}")
+    print(f"In a config: data.blend: {args.output}, data.tokenizer: {result.tokenizer}")
+    return 0
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from megasparse.config import check_files, load_with_origins
+
+    loaded = load_with_origins(args.config, args.overrides)
+    if args.dry_run:
+        from megasparse.plan_text import print_plan
+
+        print_plan(loaded, args.world_size, args.l0, args.gpu_memory)
+        return 0
+    check_files(loaded.config)
+    from megasparse.training.loop import pretrain
+
+    pretrain(loaded.config)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from megasparse.training.evaluate import evaluate
+
+    evaluate(args.run, args.overrides)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from megasparse.monitoring.report import write_report
+
+    print(write_report(args.directory, args.output))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from megasparse.doctor import examine, print_checks
+
+    checks = examine()
+    print_checks(checks, as_json=args.json)
+    return int(any(check.status == "fail" for check in checks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""What a configuration amounts to, before anything starts: parameters, layout, batches, memory per GPU.
+
+Memory is an estimate. Weights, gradients and optimizer state are exact up to padding; activations follow
+Korthikanti et al. (arXiv 2205.05198) with a fused attention (no score matrix) and the buffers that the MLP here
+saves; `OVERHEAD` stands for the CUDA context, NCCL and the allocator's slack.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megasparse.config import Config
+
+OVERHEAD = 2 << 30
+"""Bytes of a GPU that no tensor of ours holds: CUDA context, NCCL buffers, cuBLAS workspace."""
+ASSUMED_DENSITY = 0.02
+"""Share of active neurons assumed for `l1.mode: constant`, where the config names no target."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts of the whole model, padded vocabulary included; tied embeddings count once."""
+
+    embedding: int
+    attention_per_layer: int
+    mlp_per_layer: int
+    norms_per_layer: int
+    layers: int
+    final_norm: int
+    output: int
+    """0 where it is tied to the embedding."""
+
+    @property
+    def per_layer(self) -> int:
+        return self.attention_per_layer + self.mlp_per_layer + self.norms_per_layer
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.layers * self.per_layer + self.final_norm + self.output
+
+
+def count_parameters(cfg: Config) -> Parameters:
+    """Exact counts, as the model is built. Needs the vocabulary size."""
+    model = cfg.model
+    norm = model.hidden_size * (1 if model.normalization == "rmsnorm" else 2)
+    queries = model.num_attention_heads * model.head_width
+    qkv = queries + 2 * model.query_groups * model.head_width
+    qk_norm = 2 * model.head_width * (1 if model.normalization == "rmsnorm" else 2)
+    vocabulary = cfg.padded_vocab_size() * model.hidden_size
+    return Parameters(
+        embedding=vocabulary,
+        attention_per_layer=model.hidden_size * (qkv + queries) + qkv * model.qkv_bias + qk_norm * model.qk_norm,
+        mlp_per_layer=(3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size,
+        norms_per_layer=2 * norm,
+        layers=model.num_layers,
+        final_norm=norm,
+        output=0 if model.tie_embeddings else vocabulary,
+    )
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on one GPU of one pipeline stage."""
+
+    stage: int
+    parameters: int
+    """Count (not bytes) on this GPU."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations_dense: int
+    """All MLPs on the dense path: how every run with `sparsity.path: auto` starts."""
+    activations_sparse: int
+    """All MLPs on the sparse path at the assumed L0."""
+    workspace: int
+    """Largest temporaries: logits and their gradient on the last stage, or one layer's backward."""
+
+    def total(self, sparse: bool) -> int:
+        activations = self.activations_sparse if sparse else self.activations_dense
+        return self.weights + self.gradients + self.optimizer + activations + self.workspace + OVERHEAD
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module. Byte counts are per GPU."""
+
+    world_size: int
+    data_parallel: int
+    micro_batches: int
+    """Per data-parallel rank and step."""
+    tokens_per_step: int
+    tokens_total: int
+    layers_per_chunk: int
+    bubble: float
+    """Share of a step that pipeline stages wait: (p - 1) / (v m) relative to the work."""
+    parameters: Parameters
+    assumed_l0: float
+    """Active neurons per token of the whole layer."""
+    mlp_saved_dense: int
+    """Bytes that one layer's MLP saves for its backward, per micro-batch."""
+    mlp_saved_sparse: int
+    stages: tuple[StageMemory, ...]
+
+    def worst(self, sparse: bool) -> StageMemory:
+        return max(self.stages, key=lambda stage: stage.total(sparse))
+
+
+def assumed_l0(cfg: Config) -> float:
+    """Active neurons per token, mean over layers: the target; without one an assumption."""
+    l1, width = cfg.sparsity.l1, cfg.model.ffn_hidden_size
+    if l1.mode == "target" and l1.target_l0 is not None:
+        targets = l1.target_l0 if isinstance(l1.target_l0, tuple) else (l1.target_l0,)
+        return sum(targets) / len(targets)
+    return width / 2 if l1.mode == "off" else ASSUMED_DENSITY * width
+
+
+def make_plan(cfg: Config, world_size: int, l0: float | None = None) -> Plan:
+    """Arithmetic for a job of `world_size` ranks. Raises ConfigError where the layout does not fit it."""
+    cfg.validate(world_size)
+    parallel, training = cfg.parallel, cfg.training
+    micro_batches = cfg.num_microbatches(world_size)
+    chunks = parallel.virtual_pipeline or 1
+    tokens_per_step = training.global_batch_size * cfg.data.sequence_length
+    l0 = assumed_l0(cfg) if l0 is None else l0
+    dense, sparse = _mlp_saved(cfg, None), _mlp_saved(cfg, l0)
+    return Plan(
+        world_size=world_size,
+        data_parallel=parallel.data_parallel_size(world_size),
+        micro_batches=micro_batches,
+        tokens_per_step=tokens_per_step,
+        tokens_total=tokens_per_step * training.steps,
+        layers_per_chunk=cfg.model.num_layers // (parallel.pipeline * chunks),
+        bubble=(parallel.pipeline - 1) / (chunks * micro_batches),
+        parameters=count_parameters(cfg),
+        assumed_l0=l0,
+        mlp_saved_dense=dense,
+        mlp_saved_sparse=sparse,
+        stages=tuple(
+            _stage(cfg, stage, world_size, micro_batches, dense, sparse) for stage in range(parallel.pipeline)
+        ),
+    )
+
+
+def _stage(
+    cfg: Config, stage: int, world_size: int, micro_batches: int, mlp_dense: int, mlp_sparse: int
+) -> StageMemory:
+    parallel, bf16 = cfg.parallel, cfg.training.precision == "bf16"
+    count = parameters_on_stage(cfg, stage)
+    shards = parallel.data_parallel_size(world_size) * parallel.context if parallel.distributed_optimizer else 1
+    element = 2 if bf16 else 4
+    state = 12 if bf16 else 8  # Adam's two fp32 moments; for bf16 weights an fp32 master copy
+    first, last = stage == 0, stage == parallel.pipeline - 1
+
+    def activations(mlp: int) -> int:
+        total = _layers_in_flight(cfg, stage, micro_batches) * _layer_saved(cfg, mlp)
+        if cfg.training.recompute == "full":  # the layer being recomputed holds everything at once
+            total += _layer_everything(cfg, mlp)
+        if first:
+            total += _in_flight(cfg, stage, micro_batches) * _residual(cfg)  # output of the embedding
+        return math.ceil(total)
+
+    return StageMemory(
+        stage=stage,
+        parameters=count,
+        weights=count * element,
+        gradients=count * (4 if parallel.grad_reduce_in_fp32 else element),
+        optimizer=-(-count * state // shards),
+        activations_dense=activations(mlp_dense),
+        activations_sparse=activations(mlp_sparse),
+        workspace=_workspace(cfg, last),
+    )
+
+
+def parameters_on_stage(cfg: Config, stage: int) -> int:
+    """Parameters that one rank of a pipeline stage holds: tensor-parallel shards, and whole norms."""
+    parameters, parallel, tensor = count_parameters(cfg), cfg.parallel, cfg.parallel.tensor
+    model = cfg.model
+    queries = model.num_attention_heads * model.head_width
+    whole = parameters.attention_per_layer - model.hidden_size * 2 * (queries + model.query_groups * model.head_width)
+    bias = (queries + 2 * model.query_groups * model.head_width) * model.qkv_bias
+    whole -= bias  # what remains are the norms of queries and keys, which every rank holds
+    sharded = parameters.attention_per_layer - whole + parameters.mlp_per_layer
+    layers = model.num_layers // parallel.pipeline
+    count = layers * (sharded // tensor + whole + parameters.norms_per_layer)
+    if stage == 0:
+        count += parameters.embedding // tensor
+    if stage == parallel.pipeline - 1:
+        count += parameters.final_norm
+        # A tied output on another stage than the embedding is a copy, kept equal by an all-reduce.
+        if not model.tie_embeddings or parallel.pipeline > 1:
+            count += parameters.embedding // tensor
+    return count
+
+
+def _tokens(cfg: Config) -> int:
+    """Tokens of a micro-batch on one rank, outside sequence parallelism."""
+    return cfg.training.micro_batch_size * cfg.data.sequence_length // cfg.parallel.context
+
+
+def _element(cfg: Config) -> int:
+    return 2 if cfg.training.precision == "bf16" else 4
+
+
+def _residual(cfg: Config) -> int:
+    """Bytes of one residual-stream tensor of a micro-batch."""
+    share = cfg.parallel.tensor if cfg.parallel.sequence_parallel else 1
+    return _tokens(cfg) // share * cfg.model.hidden_size * _element(cfg)
+
+
+def _in_flight(cfg: Config, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once (1F1B; interleaved: Korthikanti et al., section 4)."""
+    pipeline, chunks = cfg.parallel.pipeline, cfg.parallel.virtual_pipeline or 1
+    held = float(pipeline - stage)
+    if chunks > 1:
+        held = pipeline * (1 + (pipeline - 1 - 2 * stage) / (pipeline * chunks))
+    return min(max(held, 1.0), micro_batches)
+
+
+def _layers_in_flight(cfg: Config, stage: int, micro_batches: int) -> float:
+    return _in_flight(cfg, stage, micro_batches) * cfg.model.num_layers / cfg.parallel.pipeline
+
+
+def _mlp_saved(cfg: Config, l0: float | None) -> int:
+    """Bytes one MLP saves for its backward, per micro-batch, besides its input; `l0` None: the dense path."""
+    tokens, width = _tokens(cfg), cfg.model.ffn_hidden_size // cfg.parallel.tensor
+    products = 2 if cfg.model.gated else 1
+    if l0 is None:
+        return tokens * products * width * _element(cfg)
+    from megasparse.mlp.dispatch import LayerRouter
+    from megasparse.mlp.twell import Sizes
+
+    router = LayerRouter("sparse", width, cfg.model.hidden_size)
+    router.update(l0 / cfg.parallel.tensor, 1.0)
+    sizes = Sizes.of(tokens, width)
+    pattern = sizes.padded_tokens * sizes.position_tiles * (8 + 2) + 8 * (sizes.padded_tokens + 1)
+    lists = sizes.token_tiles * (8 * sizes.position_tiles + 4 * sizes.padded_hidden) + 16 * (sizes.token_tiles + 1)
+    return pattern + lists + (router.capacity(tokens) or 0) * products * _element(cfg)
+
+
+def _attention_saved(cfg: Config) -> int:
+    """Queries, keys, values, the fused attention's output and its log-sum-exp, of one layer and micro-batch."""
+    model, tensor = cfg.model, cfg.parallel.tensor
+    widths = 2 * (model.num_attention_heads + model.query_groups) * model.head_width
+    return _tokens(cfg) * (widths * _element(cfg) + 4 * model.num_attention_heads) // tensor
+
+
+def _layer_everything(cfg: Config, mlp: int) -> int:
+    """Bytes one layer saves without recomputation."""
+    # Two residual tensors and the outputs of the two norms; the MLP keeps its input gathered.
+    gathered = _tokens(cfg) * cfg.model.hidden_size * _element(cfg)
+    dropout = 2 * _residual(cfg) // _element(cfg) if cfg.model.hidden_dropout else 0
+    return 3 * _residual(cfg) + gathered + _attention_saved(cfg) + mlp + dropout
+
+
+def _layer_saved(cfg: Config, mlp: int) -> float:
+    """Bytes one layer keeps from its forward to its backward, mean over the layers of a stage."""
+    training = cfg.training
+    everything = _layer_everything(cfg, mlp)
+    if training.recompute == "full":
+        chunk = cfg.model.num_layers // (cfg.parallel.pipeline * (cfg.parallel.virtual_pipeline or 1))
+        share = (training.recompute_layers or chunk) / chunk
+        return share * _residual(cfg) + (1 - share) * everything
+    if training.recompute == "selective":
+        gathered = _tokens(cfg) * cfg.model.hidden_size * _element(cfg)
+        if "mlp" in training.recompute_modules:
+            everything -= mlp + gathered - _residual(cfg)
+        if "layernorm" in training.recompute_modules:
+            everything -= 2 * _residual(cfg)
+        if "core_attn" in training.recompute_modules:
+            everything -= 4 * _tokens(cfg) * cfg.model.num_attention_heads // cfg.parallel.tensor
+    return everything
+
+
+def _workspace(cfg: Config, last: bool) -> int:
+    """Largest temporaries: on the last stage the logits, their fp32 copy and gradient; else an MLP's backward."""
+    tokens, tensor, element = _tokens(cfg), cfg.parallel.tensor, _element(cfg)
+    width = (3 if cfg.model.gated else 2) * cfg.model.ffn_hidden_size // tensor
+    backward = tokens * (width + 2 * cfg.model.hidden_size) * element
+    logits = tokens * cfg.padded_vocab_size() // tensor * (2 * element + 4) if last else 0
+    return max(backward, logits)

@@ -1,0 +1,146 @@
+"""What `megasparse pretrain --dry-run` prints: the resolved config with origins, and the plan."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from megasparse.config import Config, ConfigError, LoadedConfig, check_files
+from megasparse.plan import OVERHEAD, Plan, StageMemory, make_plan
+
+GIB = 1 << 30
+
+
+def print_plan(
+    loaded: LoadedConfig, world_size: int | None = None, l0: float | None = None, gpu_memory: float | None = None
+) -> None:
+    """Print everything; `world_size` None: the launcher's, else the smallest that holds the model.
+
+    `l0`: active neurons per token to assume. `gpu_memory`: GiB of one GPU, to compare with. Raises ConfigError
+    where the layout does not fit.
+    """
+    cfg = loaded.config
+    said = world_size is not None
+    if world_size is None:
+        launched = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
+        world_size = int(launched) if launched else cfg.parallel.model_size
+        said = bool(launched)
+    plan = make_plan(cfg, world_size, l0)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 120  # a file or a log, not the 80 columns that rich assumes
+    console.print("[bold]# resolved configuration[/bold] (value, then where it was set)")
+    for line in resolved_lines(loaded):
+        console.print(line, markup=False, style="dim" if line.endswith("# default") else "")
+    console.print()
+    console.print(_layout(cfg, plan, said))
+    console.print(_parameters(plan))
+    console.print(_memory(cfg, plan, gpu_memory))
+    try:
+        check_files(cfg)
+    except ConfigError as error:
+        console.print("[yellow]Before this can run:[/yellow]")
+        console.print(str(error), markup=False)
+
+
+def resolved_lines(loaded: LoadedConfig) -> list[str]:
+    """The resolved configuration as YAML lines, each value with a comment that says which layer set it."""
+    lines: list[str] = []
+
+    def walk(data: dict[str, Any], key: str, depth: int) -> None:
+        for name, value in data.items():
+            dotted = f"{key}.{name}" if key else name
+            if isinstance(value, dict) and value:
+                lines.append(f"{'  ' * depth}{name}:")
+                walk(value, dotted, depth + 1)
+            else:
+                text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("\n...")
+                lines.append(f"{'  ' * depth}{name}: {text}  # {loaded.origins.get(dotted, 'default')}")
+
+    walk(loaded.config.model_dump(mode="json"), "", 0)
+    return lines
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    return table
+
+
+def _layout(cfg: Config, plan: Plan, said: bool) -> Table:
+    parallel, training = cfg.parallel, cfg.training
+    table = _table("layers and batches")
+    smallest = "" if said else "smallest for this layout; choose with --world-size"
+    table.add_row("GPUs (ranks)", f"{plan.world_size}", smallest)
+    product = f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {plan.data_parallel}"
+    table.add_row("tensor x pipeline x context x data", product)
+    chunks = parallel.virtual_pipeline or 1
+    layers = f"{plan.layers_per_chunk * chunks} layers" + (f" in {chunks} chunks" if chunks > 1 else "")
+    table.add_row("a pipeline stage", layers, f"of {cfg.model.num_layers}")
+    width = cfg.model.ffn_hidden_size // parallel.tensor
+    heads = f"{cfg.model.num_attention_heads // parallel.tensor} heads, {cfg.model.query_groups // parallel.tensor} kv"
+    table.add_row("a rank's share of a layer", f"{heads}, {width} neurons")
+    table.add_row("vocabulary, padded", f"{cfg.padded_vocab_size():,}", f"of {cfg.vocab_size:,}")
+    table.add_row("micro-batch", f"{training.micro_batch_size} x {cfg.data.sequence_length:,} tokens")
+    table.add_row("micro-batches a step", f"{plan.micro_batches}", "on each data-parallel rank")
+    table.add_row("tokens a step", f"{plan.tokens_per_step:,}", f"{training.global_batch_size} sequences")
+    table.add_row("tokens in all", f"{plan.tokens_total:,}", f"{training.steps:,} steps")
+    if parallel.pipeline > 1:
+        table.add_row("pipeline bubble", f"{plan.bubble:.1%}", "of the time a step computes")
+    return table
+
+
+def _parameters(plan: Plan) -> Table:
+    parameters = plan.parameters
+    table = _table("parameters")
+    layers = f"x {parameters.layers} layers"
+    table.add_row("embedding", f"{parameters.embedding:,}")
+    table.add_row("attention", f"{parameters.attention_per_layer:,}", layers)
+    table.add_row("feed-forward", f"{parameters.mlp_per_layer:,}", layers)
+    table.add_row("norms", f"{parameters.norms_per_layer:,}", layers)
+    table.add_row("final norm", f"{parameters.final_norm:,}")
+    table.add_row("output", f"{parameters.output:,}", "" if parameters.output else "tied to the embedding")
+    table.add_row("in all", f"{parameters.total:,}", f"{parameters.total / 1e9:.3f} billion", style="bold")
+    return table
+
+
+def _memory(cfg: Config, plan: Plan, gpu_memory: float | None) -> Table:
+    stage = plan.worst(sparse=False)
+    table = Table(title="memory per GPU, GiB (estimate)", title_justify="left", title_style="bold")
+    table.add_column(f"stage {stage.stage} (the fullest)" if len(plan.stages) > 1 else "")
+    table.add_column("all layers dense", justify="right")
+    table.add_column(f"all sparse at L0 {plan.assumed_l0:.0f}", justify="right")
+
+    def row(name: str, dense: float, sparse: float, style: str = "") -> None:
+        table.add_row(name, f"{dense / GIB:.2f}", f"{sparse / GIB:.2f}", style=style)
+
+    row("weights", stage.weights, stage.weights)
+    row("gradients", stage.gradients, stage.gradients)
+    row("optimizer", stage.optimizer, stage.optimizer)
+    row("activations", stage.activations_dense, stage.activations_sparse)
+    row("largest temporaries", stage.workspace, stage.workspace)
+    row("CUDA, NCCL, slack", OVERHEAD, OVERHEAD)
+    row("in all", stage.total(False), stage.total(True), "bold")
+    row("kept by one MLP, a micro-batch", plan.mlp_saved_dense, plan.mlp_saved_sparse, "dim")
+    table.caption_justify = "left"
+    table.caption = _verdict(cfg, stage, gpu_memory)
+    return table
+
+
+def _verdict(cfg: Config, stage: StageMemory, gpu_memory: float | None) -> str:
+    start = "" if cfg.sparsity.path == "sparse" else "Layers start dense: the left column must fit. "
+    if gpu_memory is None:
+        return start.strip()
+    need = stage.total(cfg.sparsity.path == "sparse") / GIB
+    if need <= gpu_memory:
+        return f"{start}It fits {gpu_memory:g} GiB."
+    return (
+        f"{start}[red]Too much for {gpu_memory:g} GiB[/red]: lower training.micro_batch_size, set training.recompute, "
+        "or raise parallel.tensor / pipeline / context."
+    )
