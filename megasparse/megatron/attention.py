@@ -1,0 +1,134 @@
+"""Core attention by PyTorch's `scaled_dot_product_attention`, for where Transformer Engine is not used.
+
+Megatron-Core's local core attention holds the matrix of scores and refuses context parallelism. This one is memory
+efficient, takes grouped queries, an explicit mask (document boundaries), and context parallelism: every rank gathers
+the keys and values of the whole sequence and computes its own queries; the gradients of keys and values are reduced
+and scattered back. Ranks hold two chunks of the sequence each, r and 2 * size - 1 - r of 2 * size, as Megatron's
+`get_batch_on_this_cp_rank` cuts them, so that causal work is balanced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class SDPAttention(MegatronModule):
+    """A drop-in for `megatron.core.transformer.dot_product_attention.DotProductAttention`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        width = config.kv_channels
+        assert width is not None
+        self.scale = 1.0 / math.sqrt(width) if softmax_scale is None else softmax_scale
+        if config.apply_query_key_layer_scaling:
+            self.scale /= max(1, layer_number)
+        self.cp_size = config.context_parallel_size
+        self.cp_group = None
+        if self.cp_size > 1:
+            group = getattr(pg_collection, "cp", None) if pg_collection is not None else None
+            self.cp_group = group if group is not None else parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [sq, b, heads / tp, width].
+            key, value: [sk, b, groups / tp, width]; the groups divide the heads.
+            attention_mask: bool, broadcastable to [b, heads, sq, sk of the whole sequence], True where a query must
+                not look; it then says all, causality too (as Megatron's GPTDataset makes it). None: causal, or
+                everything where the mask type is not causal.
+            attn_mask_type: overrides the type given when the module was built.
+
+        Returns:
+            [sq, b, heads / tp * width].
+
+        Raises:
+            NotImplementedError: for packed sequences or an attention bias, which Transformer Engine offers.
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise NotImplementedError(
+                "packed sequences and attention bias need Transformer Engine's attention (implementation: te); "
+                "this one takes a mask"
+            )
+        causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
+        if self.cp_size > 1:
+            key, value = self._whole_sequence(key), self._whole_sequence(value)
+        allowed = None if attention_mask is None else ~attention_mask
+        if allowed is None and causal and query.size(0) != key.size(0):
+            allowed = self._causal(query.size(0), key.size(0), query.device)
+        # [s, b, heads, width] -> [b, heads, s, width]
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        with self._random_state(dropout):
+            context = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=allowed,
+                dropout_p=dropout,
+                is_causal=causal and allowed is None,
+                scale=self.scale,
+                enable_gqa=k.size(1) != q.size(1),
+            )
+        return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _random_state(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        # As in Megatron: heads of other tensor-parallel ranks drop other entries. Under sequence parallelism
+        # TransformerBlock has switched to the tensor-parallel random state already.
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return tensor_parallel.get_cuda_rng_tracker().fork()
+
+    def _whole_sequence(self, tensor: Tensor) -> Tensor:
+        """[s / cp, ...] of this rank's two chunks -> [s, ...] in order; the backward reduces and scatters."""
+        gathered = gather_from_sequence_parallel_region(tensor, group=self.cp_group)
+        chunks = gathered.view(self.cp_size, 2, tensor.size(0) // 2, *tensor.shape[1:])
+        return torch.cat((chunks[:, 0], chunks[:, 1].flip(0))).flatten(0, 1)
+
+    def _causal(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """bool [queries, keys], True where the query may look."""
+        if self.cp_group is None:  # the queries are the last ones (generation with cached keys)
+            positions = torch.arange(keys - queries, keys, device=device)
+        else:
+            rank, chunk = self.cp_group.rank(), queries // 2
+            first = torch.arange(rank * chunk, (rank + 1) * chunk, device=device)
+            last = 2 * self.cp_size - 1 - rank
+            positions = torch.cat((first, torch.arange(last * chunk, (last + 1) * chunk, device=device)))
+        return torch.arange(keys, device=device)[None, :] <= positions[:, None]

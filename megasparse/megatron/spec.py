@@ -1,0 +1,189 @@
+"""Megatron-Core specs: the sparse MLP alone, a transformer layer with it, and the `-` layer of hybrid models.
+
+Ready-made for Megatron-LM, which takes a spec by module and name:
+
+    pretrain_gpt.py --spec megasparse.megatron.spec gpt_layer ...       (docs/megatron-lm.md)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megasparse.megatron.attention import SDPAttention
+from megasparse.megatron.norm import Norm
+from megasparse.megatron.sparse_mlp import Mode, SparseMLP
+
+Implementation = Literal["auto", "local", "te"]
+
+
+@cache
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed, can be imported, and has a GPU to run on."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def resolve_implementation(implementation: Implementation) -> Literal["local", "te"]:
+    """What "auto" means here. Raises RuntimeError where Transformer Engine is asked for and cannot be used."""
+    if implementation == "te" and not have_transformer_engine():
+        raise RuntimeError(
+            "model.implementation is te, but Transformer Engine cannot be used here (not installed, not importable, "
+            "or no GPU): install it (pip install 'transformer-engine[pytorch]'), or set it to auto or local"
+        )
+    if implementation == "auto":
+        return "te" if have_transformer_engine() else "local"
+    return implementation
+
+
+def sparse_mlp_spec(path: Mode = "auto", l1_coeff: float = 0.0, l1_layers: int | None = None) -> ModuleSpec:
+    """The sparse MLP alone, for the `mlp` of any layer spec, behind a separate layer norm.
+
+    Arguments are those of `SparseMLP`. Works as Megatron-Core 0.16's ModuleSpec and as 0.19's builder.
+    """
+    _expect_foreign_mlp()
+    return ModuleSpec(module=SparseMLP, params={"path": path, "l1_coeff": l1_coeff, "l1_layers": l1_layers})
+
+
+def layer_spec(
+    implementation: Implementation = "auto",
+    *,
+    qk_norm: bool = False,
+    path: Mode = "auto",
+    l1_coeff: float = 0.0,
+    mlp: ModuleSpec | None = None,
+) -> ModuleSpec:
+    """A transformer layer: self-attention, norms, and the sparse MLP.
+
+    Args:
+        implementation: attention, norm and attention projections by Transformer Engine ("te") or by this package
+            and Megatron-Core alone ("local"); "auto": te where it can be used.
+        qk_norm: normalise queries and keys per head.
+        path, l1_coeff: see `SparseMLP`.
+        mlp: another spec for the MLP, such as Megatron's own dense one.
+
+    Checkpoints do not depend on `implementation`, nor on which of the two MLPs is built.
+    """
+    use_te = resolve_implementation(implementation) == "te"
+    core_attention: Any = SDPAttention
+    column: Any = ColumnParallelLinear
+    row: Any = RowParallelLinear
+    norm: Any = Norm
+    if use_te:
+        from megatron.core.extensions.transformer_engine import (
+            TEDotProductAttention,
+            TELayerNormColumnParallelLinear,
+            TENorm,
+            TERowParallelLinear,
+        )
+
+        core_attention, norm = TEDotProductAttention, TENorm
+        column, row = TELayerNormColumnParallelLinear, TERowParallelLinear
+    # Norms that Transformer Engine fuses into the next projection are saved under that projection's name; so are
+    # those that stand alone.
+    keys = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if not use_te:
+        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if use_te else norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column,
+                    core_attention=core_attention,
+                    linear_proj=row,
+                    q_layernorm=norm if qk_norm else IdentityOp,
+                    k_layernorm=norm if qk_norm else IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp or sparse_mlp_spec(path, l1_coeff),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=keys,
+        ),
+    )
+
+
+def block_spec(
+    config: TransformerConfig,
+    layer: ModuleSpec,
+    implementation: Implementation = "auto",
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """All layers of this rank's chunk and the norm after the last.
+
+    A layer spec alone leaves that norm to Megatron-Core, whose own, without Transformer Engine, refuses sequence
+    parallelism.
+    """
+    norm: Any = Norm
+    if resolve_implementation(implementation) == "te":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm = TENorm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def hybrid_mlp_layer_spec(
+    implementation: Implementation = "auto",
+    *,
+    path: Mode = "auto",
+    l1_coeff: float = 0.0,
+    l1_layers: int | None = None,
+) -> ModuleSpec:
+    """The `-` layer (an MLP alone) of HybridModel and MambaStack: put it in `mlp_layer` of their stack's spec.
+
+    `l1_layers`: the number of `-` layers of the model; the config's `num_layers` counts the others too.
+    """
+    norm: Any = Norm
+    if resolve_implementation(implementation) == "te":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm = TENorm
+    return ModuleSpec(
+        module=MLPLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=norm,
+            mlp=sparse_mlp_spec(path, l1_coeff, l1_layers),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        ),
+    )
+
+
+@cache
+def _expect_foreign_mlp() -> None:
+    # Megatron-Core 0.16 warns, once for every layer, of any MLP that is not one of its own; it builds it all the same.
+    logger = logging.getLogger("megatron.core.transformer.transformer_layer")
+    logger.addFilter(lambda record: not str(record.msg).startswith("Unknown MLP type"))
+
+
+gpt_layer = layer_spec()
+"""Layer for `pretrain_gpt.py --spec`: Transformer Engine where it can be used; no L1 term."""
+
+gpt_layer_local = layer_spec("local")
+"""The same without Transformer Engine."""
+
+hybrid_mlp_layer = hybrid_mlp_layer_spec()
+"""`-` layer for hybrid models; no L1 term."""

@@ -1,0 +1,71 @@
+"""What one layer's neurons did, accumulated on the device without a host synchronisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megasparse.mlp import MLPStats
+
+
+class LayerStats:
+    """Sums of one sparse MLP's `MLPStats` since the last `reset`, for this rank's tokens and neurons.
+
+    Under tensor parallelism each rank holds its own neurons and sees the same tokens: `active`, `l1`, `union` add up
+    over the tensor-parallel group, `tokens` and `tiles` are the same on all of it, per-neuron tensors are shards in
+    order of rank. Over data- and context-parallel ranks all sums add up, `fired` is any, `steps_since_fired` is the
+    minimum.
+    """
+
+    def __init__(self, hidden: int, device: torch.device | str | int) -> None:
+        def zero(dtype: torch.dtype) -> Tensor:
+            return torch.zeros((), dtype=dtype, device=device)
+
+        self.tokens = zero(torch.int64)
+        """int64 []: counted tokens."""
+        self.active = zero(torch.int64)
+        """int64 []: sum over counted tokens of neurons with a non-zero gate."""
+        self.l1 = zero(torch.float64)
+        """fp64 []: sum over counted tokens and neurons of |h|."""
+        self.union = zero(torch.int64)
+        """int64 []: sum over 128-token tiles of the neurons active for any token of the tile."""
+        self.tiles = zero(torch.int64)
+        """int64 []: number of 128-token tiles."""
+        self.tile_counts = torch.zeros(hidden, dtype=torch.int64, device=device)
+        """int64 [H / tp]: 128-token tiles in which the neuron was active: what `LayerRouter` orders neurons by."""
+        self.fired = torch.zeros(hidden, dtype=torch.bool, device=device)
+        """bool [H / tp]: the neuron fired for a counted token since the last `reset`."""
+        self.steps_since_fired = torch.zeros(hidden, dtype=torch.int32, device=device)
+        """int32 [H / tp]: ended training steps since the neuron last fired; `reset` leaves it alone."""
+        self._fired_this_step = torch.zeros(hidden, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def add(self, stats: MLPStats, l1: Tensor, *, training: bool = True) -> None:
+        """Count one micro-batch. `training` False (validation): it is no sign of life for dead-neuron counts."""
+        self.tokens += stats.tokens
+        self.active += stats.active
+        self.l1 += l1.detach()
+        self.union += stats.union
+        self.tiles += stats.tiles
+        self.tile_counts += stats.tile_counts
+        self.fired |= stats.fired
+        if training:
+            self._fired_this_step |= stats.fired
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Advance `steps_since_fired`; call once after each optimizer step."""
+        self.steps_since_fired += 1
+        self.steps_since_fired.masked_fill_(self._fired_this_step, 0)
+        self._fired_this_step.zero_()
+
+    @torch.no_grad()
+    def revive(self, neurons: Tensor) -> None:
+        """Start `steps_since_fired` anew where `neurons` (bool [H / tp]) says so, after re-initialising them."""
+        self.steps_since_fired.masked_fill_(neurons, 0)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Zero the sums, for the next interval."""
+        for total in (self.tokens, self.active, self.l1, self.union, self.tiles, self.tile_counts, self.fired):
+            total.zero_()
