@@ -17,3 +17,12 @@ if [[ $# -gt 0 ]]; then
 else
     inputs=("$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')")
 fi
+
+if [[ ! -f $run/data/text.json ]]; then
+    megasparse preprocess "${inputs[@]}" --output "$run/data/text" --train-tokenizer 2048 \
+        --include '*.py' --include '*.txt' --include '*.jsonl' --include '*.parquet' \
+        --exclude site-packages --exclude test --exclude tests --exclude lib2to3 --shuffle-files 0
+fi
+megasparse pretrain configs/quickstart.yaml "run.directory=$run" "data.blend=$run/data/text" \
+    "data.tokenizer=$run/data/text-tokenizer"
+echo "Report: $run/report.html"
