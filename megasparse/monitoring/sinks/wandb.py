@@ -1,0 +1,148 @@
+"""Weights & Biases: one W&B run for one training run, whatever restarts and rollbacks it goes through.
+
+The W&B step is the iteration. The run's id lies in `<directory>/wandb.json` and in every checkpoint.
+
+**Online.** A restart resumes the run by its id. W&B drops points whose step is not beyond the last one it has, so
+after a rollback (a restart from an older checkpoint than the last point logged) the repeated iterations are logged at
+`iteration + offset`, where the offset is the number of iterations done twice, and charts are told to use
+`progress/step`, which is logged with every point, as their x axis. No point is lost; a run that was never rolled back
+has offset 0 and keeps W&B's own axis.
+
+**Offline.** W&B cannot continue an offline run: each process writes a directory of its own, and uploading a second
+one of the same id replaces the first (wandb/wandb#3841). So a restart replays metrics.jsonl, cut back to
+the step it resumes from, into its new directory: the newest directory always holds the *whole* run, and
+
+    wandb sync <directory>/wandb/latest-run
+
+uploads it. Directories of earlier starts are renamed to `superseded-...`, which `wandb sync` does not pick up by
+itself. Without metrics.jsonl there is nothing to replay; it is the source of truth.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from megasparse.monitoring.environment import read_json, write_json
+from megasparse.monitoring.record import Record
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "wandb.json"
+STEP_METRIC = "progress/step"
+
+
+class WandbSink:
+    """Sends records to W&B. Make it on the writing rank only."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        mode: Literal["online", "offline"],
+        project: str,
+        entity: str | None = None,
+        name: str | None = None,
+        tags: Iterable[str] = (),
+        config: dict[str, Any] | None = None,
+        git_commit: str | None = None,
+        run_id: str | None = None,
+        resumed_step: int = 0,
+        history: Iterable[Record] = (),
+    ) -> None:
+        """Start or resume the W&B run.
+
+        Args:
+            directory: of the run; W&B's files go to `directory`/wandb.
+            run_id: what the checkpoint says; None: what `directory`/wandb.json says, else a new one.
+            resumed_step: iterations already done.
+            history: the records up to `resumed_step`, replayed when the run is offline.
+
+        Where W&B cannot be reached the run goes on offline, with a warning: monitoring does not stop training.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._state_path = directory / STATE_FILE
+        previous = read_json(self._state_path)
+        self.run_id = run_id or previous.get("run_id") or secrets.token_hex(4)
+        if previous.get("run_id") != self.run_id:
+            previous = {}
+        self._offset = 0
+        self._last_step = resumed_step
+        arguments: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "name": name,
+            "tags": list(tags),
+            "config": config or {},
+            "id": self.run_id,
+            "dir": str(directory),
+        }
+        settings = {"silent": True, "console": "off", "disable_git": True, "git_commit": git_commit}
+        self._run: Any = None
+        if mode == "online":
+            self._run = self._start_online(arguments, settings, previous, resumed_step)
+        if self._run is None:
+            self._run = self._start_offline(directory, arguments, settings, history)
+        self._save_state()
+
+    def _start_online(
+        self, arguments: dict[str, Any], settings: dict[str, Any], previous: dict[str, Any], resumed_step: int
+    ) -> Any:
+        try:
+            run = wandb.init(mode="online", resume="allow", settings=wandb.Settings(**settings), **arguments)
+        except wandb.errors.Error as error:
+            logger.warning(
+                "W&B cannot be reached or refuses the login (%s); the run goes on offline. "
+                "Check `wandb login` and the network, and upload later with `wandb sync`.",
+                error,
+            )
+            return None
+        # The server may lack the last points of a killed process, or this directory those of another machine.
+        logged = max(int(previous.get("last_step", 0)) + int(previous.get("offset", 0)), run.starting_step - 1)
+        self._offset = max(int(previous.get("offset", 0)), logged - resumed_step)
+        if self._offset:
+            run.define_metric(STEP_METRIC)
+            run.define_metric("*", step_metric=STEP_METRIC)
+            logger.warning(
+                "this run was rolled back: its W&B step is the iteration plus %d from here on; "
+                "charts use %s as their x axis",
+                self._offset,
+                STEP_METRIC,
+            )
+        logger.info("W&B: %s", run.url)
+        return run
+
+    def _start_offline(
+        self, directory: Path, arguments: dict[str, Any], settings: dict[str, Any], history: Iterable[Record]
+    ) -> Any:
+        for old in sorted((directory / "wandb").glob(f"offline-run-*-{self.run_id}")):
+            old.rename(old.with_name(f"superseded-{old.name}"))
+        run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
+        self._run = run
+        for record in history:
+            self._log(record)
+        return run
+
+    def write(self, record: Record) -> None:
+        self._log(record)
+        self._last_step = record.step
+        self._save_state()
+
+    def _log(self, record: Record) -> None:
+        # `null` stands for NaN in records; W&B takes NaN as it is.
+        metrics = {name: math.nan if value is None else value for name, value in record.metrics.items()}
+        self._run.log({**metrics, STEP_METRIC: record.step}, step=record.step + self._offset)
+
+    def _save_state(self) -> None:
+        state = {"run_id": self.run_id, "offset": self._offset, "last_step": self._last_step}
+        write_json(self._state_path, state)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Upload what is left (online) and end the W&B run; a later start resumes it."""
+        self._run.finish(exit_code=exit_code)
