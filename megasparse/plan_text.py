@@ -12,7 +12,7 @@ from rich.table import Table
 from megasparse.config import Config, ConfigError, LoadedConfig, check_files
 from megasparse.plan import OVERHEAD, Plan, StageMemory, make_plan
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 
 
 def print_plan(
@@ -127,7 +127,8 @@ def _memory(cfg: Config, plan: Plan, gpu_memory: float | None) -> Table:
     row("largest temporaries", stage.workspace, stage.workspace)
     row("CUDA, NCCL, slack", OVERHEAD, OVERHEAD)
     row("in all", stage.total(False), stage.total(True), "bold")
-    row("kept by one MLP, a micro-batch", plan.mlp_saved_dense, plan.mlp_saved_sparse, "dim")
+    kept = (plan.mlp_saved_dense / MIB, plan.mlp_saved_sparse / MIB)
+    table.add_row("of which one MLP, one micro-batch, MiB", f"{kept[0]:.1f}", f"{kept[1]:.1f}", style="dim")
     table.caption_justify = "left"
     table.caption = _verdict(cfg, stage, gpu_memory)
     return table
