@@ -44,8 +44,14 @@ def percent(value: float) -> str:
     return f"{100 * value:.3g} %" if math.isfinite(value) else "-"
 
 
-def mebibytes(value: float) -> str:
-    return f"{value / 2**20:.4g} MiB" if math.isfinite(value) else "-"
+def byte_size(value: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    if not math.isfinite(value):
+        return "-"
+    for limit, prefix in ((2**40, "Ti"), (2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")):
+        if abs(value) >= limit:
+            return f"{value / limit:.4g} {prefix}B"
+    return f"{value:.0f} B"
 
 
 @dataclass
@@ -55,7 +61,7 @@ class Series:
     colour: int
     """Index into the page's series colours."""
     dots: bool = False
-    """Mark every point (few, rare points)."""
+    """Mark every point, where they are few."""
     dashed: bool = False
 
 
@@ -86,14 +92,16 @@ def line_chart(
     if high - low < 1e-12 * max(abs(high), 1e-12):
         pad = abs(high) * 0.1 or 1.0
         low, high = (low if zero and low == 0 else low - pad), high + pad
-    elif not log:
+    elif log:
+        low, high = low * (low / high) ** 0.04, high * (high / low) ** 0.04
+    else:
         high += 0.04 * (high - low)
         low -= 0.0 if zero and low == 0 else 0.04 * (high - low)
     height = 250
     x_of = _scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, LEFT, LEFT + _PLOT, False)
     y_of = _scale(low, high, height - BOTTOM, TOP, log)
     body = []
-    for tick in _log_ticks(low, high) if log else _ticks(low, high, 5):
+    for tick in _log_ticks(low, high) if log else _ticks(low, high, 5, unit is byte_size):
         y = y_of(tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{esc(unit(tick))}</text>')
@@ -105,7 +113,8 @@ def line_chart(
     for s in drawn:
         style = f"line c{s.colour % 6}" + (" dashed" if s.dashed else "")
         body.append(f'<path class="{style}" d="{_path(s.points, x_of, y_of)}"/>')
-        if s.dots or sum(math.isfinite(y) for _, y in s.points) == 1:
+        finite = sum(math.isfinite(y) for _, y in s.points)
+        if finite == 1 or (s.dots and finite <= 60):
             body += [
                 f'<circle class="dot c{s.colour % 6}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.6"/>'
                 for x, y in s.points
@@ -190,7 +199,7 @@ def bar_chart(
     group = _PLOT / len(labels)
     width = min(26.0, group * 0.76 / len(bars))
     body = []
-    for tick in _ticks(0.0, high, 5):
+    for tick in _ticks(0.0, high, 5, unit is byte_size):
         y = y_of(tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{esc(unit(tick))}</text>')
@@ -256,7 +265,11 @@ def _scale(low: float, high: float, start: float, end: float, log: bool) -> Call
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
+def _ticks(low: float, high: float, about: int, binary: bool = False) -> list[float]:
+    """Round numbers within [low, high]; `binary`: round in KiB, MiB, ..."""
+    if binary and high > 0:
+        size = 1024.0 ** math.floor(math.log(high, 1024))
+        return [tick * size for tick in _ticks(low / size, high / size, about)]
     rough = (high - low) / about
     magnitude = 10 ** math.floor(math.log10(rough))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough)
@@ -266,7 +279,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    for multiples in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+    for multiples in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 7)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [m * 10.0**d for d in decades for m in multiples if low <= m * 10.0**d <= high]
         if len(ticks) >= 4:

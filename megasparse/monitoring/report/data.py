@@ -84,17 +84,22 @@ class Run:
 
     def last(self, name: str, split: str = "train") -> float | None:
         """Newest finite value, or None."""
-        finite = [value for _, value in self.points(name, split) if math.isfinite(value)]
-        return finite[-1] if finite else None
+        for record in reversed(self.train if split == "train" else self.valid):
+            if math.isfinite(value := number(record.metrics.get(name))):
+                return value
+        return None
 
     def last_text(self, name: str) -> str | None:
         """Newest value of a metric that is a word (`path`)."""
-        words = [record.metrics[name] for record in self.train if isinstance(record.metrics.get(name), str)]
-        return str(words[-1]) if words else None
+        for record in reversed(self.train):
+            if isinstance(value := record.metrics.get(name), str):
+                return value
+        return None
 
     def typical(self, name: str) -> float | None:
         """Median of the last half of the training records: of a rate, without start-up; None where not logged."""
-        values = sorted(v for _, v in self.points(name)[len(self.points(name)) // 2 :] if math.isfinite(v))
+        points = self.points(name)
+        values = sorted(value for _, value in points[len(points) // 2 :] if math.isfinite(value))
         return values[len(values) // 2] if values else None
 
     def mean_over_layers(self, metric: str) -> Points:

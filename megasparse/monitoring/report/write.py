@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megasparse.monitoring.environment import write_text
-from megasparse.monitoring.report.charts import Series, bar_chart, heat_map, line_chart, mebibytes, percent, short
+from megasparse.monitoring.report.charts import Series, bar_chart, byte_size, heat_map, line_chart, percent, short
 from megasparse.monitoring.report.data import Grid, Run
 from megasparse.monitoring.report.page import fold, page, section, table, tiles
 
@@ -106,9 +106,9 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     add("energy", joules, lambda value: f"{short(1000 * value)} mJ", "per token, all GPUs")
     peak = run.last("memory/peak_allocated_bytes")
     if peak is not None:
-        add("peak GPU memory", peak, _gibibytes, "largest over ranks")
+        add("peak GPU memory", peak, byte_size, "largest over ranks")
     else:
-        add("peak memory", run.last("memory/peak_rss_bytes"), _gibibytes, "resident, largest over ranks")
+        add("peak memory", run.last("memory/peak_rss_bytes"), byte_size, "resident, largest over ranks")
     add("tokens seen", run.last("progress/tokens"))
     return facts
 
@@ -212,12 +212,12 @@ def _memory(runs: Sequence[Run]) -> str:
     return section(
         "Memory",
         bar_chart(
-            "MLP memory per layer, last sample", [str(layer) for layer in layers], bars, unit=mebibytes,
+            "MLP memory per layer, last sample", [str(layer) for layer in layers], bars, unit=byte_size,
             note="One micro-batch, largest over ranks",
         ),
-        line_chart("Kept for the backward by all MLPs", saved, zero=True, unit=mebibytes, marks=_marks(runs)),
-        _lines(runs, "Peak allocated GPU memory", "memory/peak_allocated_bytes", zero=True, unit=_gibibytes),
-        _lines(runs, "Resident memory of the process", "memory/rss_bytes", zero=True, unit=_gibibytes),
+        line_chart("Kept for the backward by all MLPs", saved, zero=True, unit=byte_size, marks=_marks(runs)),
+        _lines(runs, "Peak allocated GPU memory", "memory/peak_allocated_bytes", zero=True, unit=byte_size),
+        _lines(runs, "Resident memory of the process", "memory/rss_bytes", zero=True, unit=byte_size),
     )  # fmt: skip
 
 
@@ -254,8 +254,8 @@ def _final_table(run: Run, named: bool) -> str:
         ("dead", lambda i: _cell(run.last(f"sparsity/layer_{i}/dead_fraction"), percent)),
         ("tile union", lambda i: _cell(run.last(f"sparsity/layer_{i}/union_fraction"), percent)),
         ("path", lambda i: run.last_text(f"sparsity/layer_{i}/path") or "-"),
-        ("kept for the backward", lambda i: _cell(run.last(f"memory/layer_{i}/saved_bytes"), mebibytes)),
-        ("peak", lambda i: _cell(run.last(f"memory/layer_{i}/peak_bytes"), mebibytes)),
+        ("kept for the backward", lambda i: _cell(run.last(f"memory/layer_{i}/saved_bytes"), byte_size)),
+        ("peak", lambda i: _cell(run.last(f"memory/layer_{i}/peak_bytes"), byte_size)),
     ]
     rows = [[str(layer), *(cell(layer) for _, cell in columns)] for layer in run.layers]
     heading = f"<h2>Layers at step {run.last_step}" + (f", {run.name}" if named else "") + "</h2>"
@@ -310,7 +310,3 @@ def _four(value: float) -> str:
 
 def _loss_unit(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _gibibytes(value: float) -> str:
-    return f"{value / 2**30:.3g} GiB" if math.isfinite(value) else "-"
