@@ -171,8 +171,9 @@ def _run_ninja(directory: Path, objects_only: bool = False) -> None:
 
 
 def _first_error(text: str) -> str:
-    lines = [line for line in text.splitlines() if "error" in line.lower()]
-    return lines[0].strip() if lines else text.strip()[-400:]
+    """The first compiler line that names a place and an error; else the end of the output."""
+    found = re.search(r"^\S+[(:]\d+.*error.*$", text, re.MULTILINE)
+    return found.group(0) if found else text.strip()[-400:]
 
 
 @contextlib.contextmanager

@@ -48,6 +48,8 @@ def sparse_mlp(
         ValueError: for shapes, types or devices that do not fit together.
     """
     _check(x, w_in, w_down, token_mask, path, order, main_grads)
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"sparse_mlp: capacity is {capacity}; it must be 0 or more")
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     mask = None if token_mask is None else token_mask.reshape(-1)
     save = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_down.requires_grad)
