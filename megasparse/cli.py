@@ -61,7 +61,7 @@ def _print_mistake(error: Exception) -> None:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     if rank == 0:
         print(f"megasparse: {error}", file=sys.stderr)
-    elif not isinstance(error, ConfigError) or getattr(error, "host_specific", False):
+    elif not isinstance(error, ConfigError) or error.host_specific:
         print(f"megasparse (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr)
 
 
@@ -149,8 +149,8 @@ def _add_evaluate(commands: Any) -> None:
 
 def _add_report(commands: Any) -> None:
     parser = commands.add_parser("report", help="write a run's HTML report from its metrics.jsonl")
-    parser.add_argument("directory", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (RUN/report.html)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run's folder; more to compare with it")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (report.html in the first RUN)")
     parser.set_defaults(run=_report)
 
 
@@ -215,8 +215,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     check_files(loaded.config)
     from megasparse.training.loop import pretrain
 
-    pretrain(loaded.config)
-    return 0
+    return pretrain(loaded.config)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -229,7 +228,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from megasparse.monitoring.report import write_report
 
-    print(write_report(args.directory, args.output))
+    print(write_report(*args.runs, output=args.output))
     return 0
 
 

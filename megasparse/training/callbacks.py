@@ -30,7 +30,7 @@ class TrainState:
 
     cfg: Config
     model: list[torch.nn.Module]
-    """Model chunks of this rank (several with interleaved pipelining), wrapped in Megatron's DistributedDataParallel."""
+    """Model chunks of this rank (several when interleaved), wrapped in Megatron's DistributedDataParallel."""
     optimizer: Any
     """Megatron's MegatronOptimizer, or None when only evaluating."""
     scheduler: Any

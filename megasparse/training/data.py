@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 
 from megasparse.config import Config
+from megasparse.training.datasets import tokenizer_facts
 from megasparse.training.signals import ignore_signals_in_worker
 
 PROBES = 16
@@ -127,7 +128,7 @@ def make_micro_batch(cfg: Config, sample: dict[str, torch.Tensor], device: torch
     }
     attention_mask = None
     if cfg.data.reset_attention_mask:
-        attention_mask = document_mask(fields["tokens"], end_of_document(cfg))
+        attention_mask = document_mask(fields["tokens"], tokenizer_facts(cfg).eod)
     fields = _share_of_sequence(fields)
     padding_mask = fields["loss_mask"] == 0 if cfg.data.eod_mask_loss else None
     return MicroBatch(**fields, attention_mask=attention_mask, padding_mask=padding_mask)
@@ -155,13 +156,6 @@ def document_mask(tokens: torch.Tensor, eod: int) -> torch.Tensor:
     document = ends.cumsum(dim=1) - ends
     later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
     return ((document[:, :, None] != document[:, None, :]) | later)[:, None]
-
-
-def end_of_document(cfg: Config) -> int:
-    """Id of the end-of-document token of the run's tokenizer."""
-    from megasparse.training.datasets import tokenizer_facts
-
-    return tokenizer_facts(cfg).eod
 
 
 def data_probes(dataset: Any, consumed_samples: int) -> list[tuple[int, str]]:

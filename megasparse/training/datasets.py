@@ -147,7 +147,8 @@ def check_splits(cfg: Config) -> None:
     """
     problems = []
     for name, prefix, first, last in _parts(cfg):
-        lengths = IndexedDataset(prefix).sequence_lengths
+        documents = IndexedDataset(prefix)  # kept while its lengths are read: it unmaps the file when it goes
+        lengths = documents.sequence_lengths
         begin, end = round(first * len(lengths)), round(last * len(lengths))
         if int(lengths[begin:end].sum()) == 0:
             problems.append(

@@ -90,7 +90,7 @@ def _number(env: dict[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name)
     if text is None:
         if default is None:
-            raise LaunchError(f"{name} is not set, though the other variables of the launcher are; use torchrun or srun")
+            raise LaunchError(f"{name} is not set, though other variables of the launcher are; use torchrun or srun")
         return default
     if not text.isdigit():
         raise LaunchError(f"{name}={text!r} is not a number")
@@ -148,10 +148,11 @@ def initialize(cfg: Config, launch: Launch) -> torch.device:
     """
     device = device_of(launch)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         if cfg.parallel.tensor > 1 or cfg.parallel.context > 1:
             # Lets communication kernels start in issue order beside compute (Megatron's advice up to Hopper).
+            # CUDA reads it when its context is made, so it comes first.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(device)
     else:
         share = max(1, (os.cpu_count() or 1) // launch.local_world_size)
         if "OMP_NUM_THREADS" not in os.environ or launch.launcher != "torchrun":
@@ -159,7 +160,9 @@ def initialize(cfg: Config, launch: Launch) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=cfg.parallel.timeout_minutes)
     try:
-        if launch.world_size == 1:
+        if dist.is_initialized():
+            pass  # by the caller, who embeds this in a program of their own
+        elif launch.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(

@@ -13,8 +13,7 @@ second term adds where L0 will be in LOOK_AHEAD steps at its present speed: the 
 L0 is falling fast enough.
 
 Every rank computes the same coefficients, bit by bit: they follow from integer counts which are summed over the
-whole job, in double precision, on the host. The counts of a step are used one step later, so that nobody waits for
-them (`layer_stats.py`).
+whole job (`layer_stats.py`), in double precision, on the host. The counts of a step move the coefficients of the next.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class L1Controller:
                 mlp.l1_coeff.fill_(coefficients[mlp.layer_index])
 
     def update(self, step: int, l0: Sequence[float]) -> None:
-        """Takes the measured L0 of every layer in step `step`; moves the coefficients of `target`."""
+        """Takes the measured L0 of every layer in step `step`; moves the coefficients of the next (`target`)."""
         if not self.needs_statistics:
             return
         decay = self._l1.ema_decay

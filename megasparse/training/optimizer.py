@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -132,3 +133,16 @@ def adam_moments(optimizer: Any, main: torch.Tensor) -> list[torch.Tensor]:
     """First and second moment of a main parameter; empty before the first update."""
     state = _only_optimizer(optimizer).optimizer.state.get(main, {})
     return [state[name] for name in ("exp_avg", "exp_avg_sq") if name in state]
+
+
+def not_finite_gradients(model: Sequence[torch.nn.Module]) -> list[str]:
+    """`rank: parameter` of some gradients that are not finite, of all ranks. Collective; for messages only."""
+    own = []
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                own.append(f"rank {dist.get_rank()}: {name}")
+    everybody: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everybody, own[:3])
+    return [text for names in everybody for text in names][:12]

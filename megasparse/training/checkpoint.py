@@ -1,0 +1,396 @@
+"""Saving and loading a whole run with Megatron's dist_checkpointing, at any TP, PP, VPP and DP.
+
+Sharded over the ranks: the model, the optimizer, and for each neuron the steps since it last fired. Saved once:
+position in the data, schedule, L1 controller, W&B id, configuration. Saved per rank, and used only where the layout is
+the same again: random states, the path and neuron order of each layer's router, and the running sums of its statistics.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+from megasparse.config import Config
+from megasparse.training.callbacks import TrainState
+from megasparse.training.checkpoint_files import (
+    CheckpointError,
+    Found,
+    examine,
+    find_checkpoints,
+    partial_directory,
+    prune,
+    publish,
+    remove_leftovers,
+)
+from megasparse.training.dead_neurons import share_idle_steps
+
+log = logging.getLogger("megasparse")
+
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+"""Megatron's sharded state formats: those that load at any layout."""
+
+RECORDER_SUMS = ("tokens", "active", "l1", "union", "tiles", "tile_counts", "fired")
+"""Sums of `LayerStats` since the last log step: routers and metrics go on as if nothing had happened."""
+
+MODEL_KEYS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "gated",
+    "vocab_size", "normalization", "qkv_bias", "qk_norm", "tie_embeddings",
+)  # fmt: skip
+"""Keys of `model` that must be the same when a checkpoint is loaded."""
+
+
+class Checkpointer:
+    """Saves checkpoints of one run and finds the one to resume from. All methods are collective.
+
+    Args:
+        cfg: the run.
+        on_saved: called on every rank when a checkpoint is complete, with its path.
+    """
+
+    def __init__(self, cfg: Config, on_saved: Callable[[Path], None] = lambda path: None) -> None:
+        self._cfg = cfg
+        self._on_saved = on_saved
+        self._root = cfg.checkpoint_directory
+        self._queue = AsyncCallsQueue() if cfg.checkpoint.async_save else None
+
+    def prepare(self) -> None:
+        """Makes the directory and removes what earlier runs left half-written.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+        """
+        _on_first_rank(self._prepare)
+
+    def _prepare(self) -> None:
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            probe = self._root / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(f"checkpoint.directory {self._root} cannot be written: {error}") from error
+        remove_leftovers(self._root)
+
+    def save(self, state: TrainState, extra: dict[str, Any]) -> None:
+        """Saves the run after `state.step`; returns before it is on disk where `async_save` is set.
+
+        Args:
+            state: the run.
+            extra: plain values to save beside it, the same on every rank.
+        """
+        self.finish()
+        partial_path = Path(_on_first_rank(partial(partial_directory, self._root, state.step)))
+        sharded = self._content(state, loading=False)
+        sharded["run"] = self._run_content(state, extra)
+        strategy: Any = get_default_save_sharded_strategy("torch_dist")
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if group.size() > 1:
+            strategy = FullyParallelSaveStrategyWrapper(strategy, group)
+        arguments: dict[str, Any] = {}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+            arguments["async_strategy"] = "mcore"
+        request = dist_checkpointing.save(
+            sharded, str(partial_path), strategy, async_sharded_save=self._queue is not None, **arguments
+        )
+        complete = partial(self._complete, partial_path, state.step)
+        if self._queue is None:
+            complete()
+        else:
+            assert request is not None
+            request.add_finalize_fn(complete)
+            self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Completes a background save whose writers are done on all ranks. Call it once a step."""
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Waits for a background save and completes it."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        self.finish()
+        if self._queue is not None:
+            self._queue.close()
+
+    def _complete(self, partial_path: Path, step: int) -> None:
+        final = Path(_on_first_rank(partial(self._publish, partial_path, step)))
+        self._on_saved(final)
+
+    def _publish(self, partial_path: Path, step: int) -> Path:
+        final = publish(partial_path, step)
+        for path in prune(self._root, self._cfg.checkpoint.keep_last, self._cfg.checkpoint.keep_every):
+            log.info("checkpoint: removed %s", path)
+        log.info("checkpoint: saved %s", final)
+        return final
+
+    def resume(self, state: TrainState) -> dict[str, Any] | None:
+        """Loads the newest good checkpoint of the run into `state`; damaged ones are reported and passed over.
+
+        Returns:
+            the `extra` it was saved with, or None where there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be loaded, or they are of another model.
+        """
+        found: list[Found] = _on_first_rank(lambda: find_checkpoints(self._root))
+        problems = []
+        for item in found:
+            problem = item.problem
+            if problem is None:
+                try:
+                    extra = self.load(item.path, state)
+                except CheckpointError:
+                    raise
+                except Exception as error:  # readers of damaged files raise all kinds; every rank raises together
+                    problem = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+                else:
+                    state.resumed_from = item.path
+                    return extra
+            problems.append(f"{item.path}: {problem}")
+            if dist.get_rank() == 0:
+                log.warning("checkpoint: DAMAGED, trying the one before: %s: %s", item.path, problem)
+        if problems:
+            raise CheckpointError(
+                "no checkpoint can be loaded:\n  " + "\n  ".join(problems) + "\nRestore one of them, or start anew with "
+                "another run.name or checkpoint.directory."
+            )
+        return None
+
+    def load(self, path: Path, state: TrainState) -> dict[str, Any]:
+        """Loads everything from a checkpoint into `state`. Returns the `extra` it was saved with."""
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        check_same_model(self._cfg, common["run"]["config"], path, optimizer=True)
+        same_layout = common["run"]["layout"] == _layout(self._cfg)
+        loaded = self._load(path, self._content(state, loading=True, per_rank=same_layout))
+        self._set_model(state.model, loaded)
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        for mlp in state.mlps:
+            mlp.recorder.steps_since_fired.copy_(loaded["neurons"][str(mlp.layer_index)])
+        run = common["run"]
+        state.step = run["step"]
+        state.consumed_samples = run["consumed_samples"]
+        state.consumed_tokens = run["consumed_tokens"]
+        state.skipped_steps = run["skipped_steps"]
+        state.wandb_run_id = run["wandb_run_id"]
+        state.extra = run["observers"]
+        if self._cfg.sparsity.l1.mode == run["config"]["sparsity"]["l1"]["mode"]:
+            state.l1.load_state_dict(run["l1"])
+        if same_layout:
+            _set_rank_state(loaded["rank"], state)
+        elif dist.get_rank() == 0:
+            log.info(
+                "checkpoint: %s was saved at another layout (%s); random states start anew from the seed and layers "
+                "choose their path anew",
+                path,
+                ", ".join(f"{key} {value}" for key, value in run["layout"].items()),
+            )
+        return dict(run["extra"])
+
+    def load_weights(self, path: Path, model: Sequence[torch.nn.Module], optimizer: Any) -> int:
+        """Loads the model alone. `optimizer` (or None) takes its master weights from it. Returns the saved step."""
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        check_same_model(self._cfg, common["run"]["config"], path, optimizer=False)
+        self._set_model(model, self._load(path, self._model_content(model)))
+        if optimizer is not None:
+            optimizer.reload_model_params()
+        return int(common["run"]["step"])
+
+    def _load(self, path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
+        strategy: Any = get_default_load_sharded_strategy(str(path))
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if group.size() > 1:
+            strategy = FullyParallelLoadStrategyWrapper(strategy, group)
+        return dict(dist_checkpointing.load(sharded, str(path), strategy))
+
+    def _content(self, state: TrainState, loading: bool, per_rank: bool = True) -> dict[str, Any]:
+        """Sharded part of a checkpoint: where each tensor of this rank lies in the whole."""
+        sharded = self._model_content(state.model)
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(dict(sharded), is_loading=loading, metadata=_METADATA)
+        if not loading:
+            share_idle_steps(state.mlps)
+        sharded["neurons"] = {str(mlp.layer_index): _neuron_shard(mlp) for mlp in state.mlps}
+        if per_rank:
+            sharded["rank"] = _rank_object(None if loading else _get_rank_state(state))
+        return sharded
+
+    def _model_content(self, model: Sequence[torch.nn.Module]) -> dict[str, Any]:
+        names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
+        return {
+            name: _unwrapped(chunk).sharded_state_dict(prefix="", metadata=dict(_METADATA))
+            for name, chunk in zip(names, model, strict=True)
+        }
+
+    def _set_model(self, model: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+        for index, chunk in enumerate(model):
+            _unwrapped(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"])
+
+    def _run_content(self, state: TrainState, extra: dict[str, Any]) -> dict[str, Any]:
+        """What is saved once. Observers keep theirs on the writing rank; all ranks must save the same."""
+        observers = [state.wandb_run_id, state.extra]
+        dist.broadcast_object_list(observers, src=0)
+        return {
+            "step": state.step,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            "skipped_steps": state.skipped_steps,
+            "wandb_run_id": observers[0],
+            "observers": observers[1],
+            "l1": state.l1.state_dict(),
+            "layout": _layout(self._cfg),
+            "config": self._cfg.model_dump(mode="json"),
+            "extra": extra,
+        }
+
+
+def check_same_model(cfg: Config, saved: dict[str, Any], path: Path, optimizer: bool) -> None:
+    """Compares the model of a checkpoint (its configuration) with that of the run.
+
+    Raises:
+        CheckpointError: they differ; the message names every key.
+    """
+    own = cfg.model_dump(mode="json")
+    keys = [("model", key) for key in MODEL_KEYS]
+    if optimizer:
+        keys += [("parallel", "distributed_optimizer"), ("training", "precision")]
+    different = [
+        f"{section}.{key}: {saved[section].get(key)} there, {own[section][key]} here"
+        for section, key in keys
+        if saved[section].get(key) != own[section][key]
+    ]
+    if different:
+        raise CheckpointError(
+            f"{path} is of another run:\n  " + "\n  ".join(different) + "\nGo on with the configuration it was saved "
+            "with, or choose another checkpoint.directory."
+        )
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was saved with, as a nested dict. Needs no process group."""
+    problem = examine(path)
+    if problem is not None:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {problem}")
+    return dict(dist_checkpointing.load_common_state_dict(str(path))["run"]["config"])
+
+
+def _layout(cfg: Config) -> dict[str, int]:
+    return {
+        "world": dist.get_world_size(),
+        "tensor": cfg.parallel.tensor,
+        "pipeline": cfg.parallel.pipeline,
+        "virtual_pipeline": cfg.parallel.virtual_pipeline or 1,
+        "context": cfg.parallel.context,
+    }
+
+
+def _unwrapped(chunk: torch.nn.Module) -> Any:
+    """The model inside DistributedDataParallel; checkpoints do not know of wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _neuron_shard(mlp: Any) -> ShardedTensor:
+    """int32 [H]: steps since each neuron of a layer last fired, this tensor-parallel rank's part of it."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return ShardedTensor.from_rank_offsets(
+        f"neurons.{mlp.layer_index}.steps_since_fired",
+        mlp.recorder.steps_since_fired,
+        (0, rank, size),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def _rank_object(data: Any) -> ShardedObject:
+    """A value of this rank's own, found again by its place in the layout."""
+    shape = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    return ShardedObject("rank", data, shape, place, replica_id=0)
+
+
+def _get_rank_state(state: TrainState) -> dict[str, Any]:
+    """Random states and routers, as plain values and tensors."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(gauss)),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "routers": {str(mlp.layer_index): mlp.router.state_dict() for mlp in state.mlps},
+        "sums": {
+            str(mlp.layer_index): {name: getattr(mlp.recorder, name).cpu() for name in RECORDER_SUMS}
+            for mlp in state.mlps
+        },
+    }
+
+
+def _set_rank_state(saved: dict[str, Any], state: TrainState) -> None:
+    random.setstate(saved["python"])
+    name, keys, position, has_gauss, gauss = saved["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(saved["torch"])
+    torch.cuda.set_rng_state(saved["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(saved["tracker"])
+    for mlp in state.mlps:
+        mlp.router.load_state_dict(saved["routers"][str(mlp.layer_index)])
+        for name, value in saved["sums"][str(mlp.layer_index)].items():
+            getattr(mlp.recorder, name).copy_(value)
+
+
+def _on_first_rank(action: Callable[[], Any]) -> Any:
+    """Runs `action` on rank 0 and gives its result to all ranks; an error there is raised on all.
+
+    Raises:
+        CheckpointError: with the text of rank 0's error.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except (OSError, CheckpointError) as error:
+            answer[1] = f"rank 0: {error}"
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise CheckpointError(answer[1])
+    return answer[0]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no message"

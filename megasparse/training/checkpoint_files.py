@@ -1,0 +1,181 @@
+"""Checkpoints as directories: made complete before they get their name, found again, checked, thinned out.
+
+    checkpoints/
+      step_00000100/        a complete checkpoint: Megatron's dist_checkpointing files and, written last, manifest.json
+      step_00000200/
+      latest                text: the name of the newest complete checkpoint
+      .step_00000300.partial-<random>   being written, or left over by a kill; removed at the next start
+
+A checkpoint is written under its hidden name, flushed to disk, renamed in one move, and only then named in `latest`.
+So a kill at any moment leaves the last good one loadable. `manifest.json` lists every file with its size, which finds
+truncated and missing files before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"^step_(\d{8,})$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be saved or loaded; the message names the path and what to do."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One checkpoint directory. `problem` is None where it is complete."""
+
+    path: Path
+    step: int
+    problem: str | None
+
+
+def checkpoint_name(step: int) -> str:
+    """`step_00000100`: sorts by name as by step."""
+    return f"step_{step:08d}"
+
+
+def partial_directory(root: Path, step: int) -> Path:
+    """A fresh hidden directory, so that a writer which outlived its killed parent writes elsewhere."""
+    path = root / f".{checkpoint_name(step)}.partial-{uuid.uuid4().hex[:12]}"
+    path.mkdir(parents=True)
+    return path
+
+
+def publish(partial: Path, step: int) -> Path:
+    """Completes a written checkpoint: manifest, flush, rename, `latest`. Returns its final path."""
+    root = partial.parent
+    written = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+    files = {str(file.relative_to(partial)): file.stat().st_size for file in written}
+    _write_and_flush(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
+    for name in files:
+        _flush(partial / name)
+    _flush(partial)
+    final = root / checkpoint_name(step)
+    if final.exists():  # a damaged one, or one of a run that was rolled back
+        _remove(final)
+    partial.rename(final)
+    _flush(root)
+    set_latest(root, final.name)
+    return final
+
+
+def set_latest(root: Path, name: str) -> None:
+    """Points `latest` to a checkpoint, in one move."""
+    temporary = root / f".{LATEST}.tmp"
+    _write_and_flush(temporary, name + "\n")
+    temporary.replace(root / LATEST)
+    _flush(root)
+
+
+def read_latest(root: Path) -> str | None:
+    """The name in `latest`, or None."""
+    try:
+        return (root / LATEST).read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def examine(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None where every file is there with its size."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = dict(manifest["files"])
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    for name, size in files.items():
+        try:
+            actual = (path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if actual != size:
+            return f"{name} has {actual} bytes instead of {size}"
+    return None
+
+
+def find_checkpoints(root: Path) -> list[Found]:
+    """All checkpoints under `root`, newest step first, damaged ones too."""
+    if not root.is_dir():
+        return []
+    found = []
+    for path in root.iterdir():
+        match = _NAME.match(path.name)
+        if match and path.is_dir():
+            found.append(Found(path, int(match.group(1)), examine(path)))
+    return sorted(found, key=lambda item: item.step, reverse=True)
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint, from the path of one, of a checkpoint directory, or of a run directory.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint there.
+    """
+    if (path / MANIFEST).exists() or _NAME.match(path.name):
+        problem = examine(path)
+        if problem is not None:
+            raise CheckpointError(f"{path} is not a complete checkpoint: {problem}")
+        return path
+    for root in (path, path / "checkpoints"):
+        complete = [found for found in find_checkpoints(root) if found.problem is None]
+        if complete:
+            return complete[0].path
+    raise CheckpointError(f"{path}: no complete checkpoint there; give a checkpoint, its folder, or a run directory")
+
+
+def prune(root: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Removes old checkpoints; only complete ones count as kept, so the last good one always stays.
+
+    Returns:
+        what was removed. Damaged directories are left for the user to look at.
+    """
+    complete = [found for found in find_checkpoints(root) if found.problem is None]
+    removed = []
+    for found in complete[max(1, keep_last) :]:
+        if keep_every and found.step % keep_every == 0:
+            continue
+        _remove(found.path)
+        removed.append(found.path)
+    return removed
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what killed runs left half-written or half-deleted."""
+    if root.is_dir():
+        for pattern in (".step_*.partial-*", ".trash-*"):
+            for path in root.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Takes the name away first, so that a kill in between leaves no half of a checkpoint under it."""
+    trash = path.parent / f".trash-{path.name}-{uuid.uuid4().hex[:8]}"
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _write_and_flush(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(path: Path) -> None:
+    """fsync of a file or a directory entry."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,110 @@
+"""Validation: loss, perplexity and L0 per layer over a fixed set of samples; during training and of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megasparse.config import Config, parse_config
+from megasparse.megatron import LayerStats, build_model, iter_sparse_mlps
+from megasparse.training import checkpoint_files
+from megasparse.training.callbacks import Metrics
+from megasparse.training.checkpoint import Checkpointer, config_of
+from megasparse.training.data import StepLoader
+from megasparse.training.datasets import build_datasets, validation_samples
+from megasparse.training.distributed import initialize, read_environment, shut_down
+from megasparse.training.layer_stats import LayerCounter
+from megasparse.training.step import reduce_losses, run_schedule
+
+
+def run_validation(
+    cfg: Config, model: Sequence[torch.nn.Module], mlps: Sequence[Any], dataset: Any, device: torch.device
+) -> Metrics:
+    """Loss over the first `eval_steps` global batches of `dataset`. Collective; changes nothing of the training.
+
+    Returns:
+        `eval/loss` (nats per counted token), `eval/ppl`, `eval/layer_{i}/l0` and `eval/l0` (mean over layers), the
+        same on every rank.
+    """
+    loader = StepLoader(cfg, dataset, 0, validation_samples(cfg), dist.get_world_size(), device)
+    counter = LayerCounter(mlps, cfg.model.num_layers, cfg.model.ffn_hidden_size)
+    total, tokens = 0.0, 0
+    with _evaluating(model, mlps, device), torch.no_grad():
+        counter.begin()
+        for _ in range(cfg.training.eval_steps):
+            reports = run_schedule(cfg, model, loader.next_step(), forward_only=True)
+            loss, count, _, _ = reduce_losses(reports, device)
+            total, tokens = total + loss, tokens + count
+        counter.end()
+        counts = counter.take()
+    loader.close()
+    mean = total / tokens if tokens else math.nan
+    metrics: Metrics = {"eval/loss": mean, "eval/ppl": math.exp(mean) if mean < 700 else math.inf}
+    if counts is not None:
+        metrics["eval/l0"] = sum(counts.l0) / len(counts.l0)
+        metrics.update({f"eval/layer_{layer}/l0": value for layer, value in enumerate(counts.l0)})
+    return metrics
+
+
+@contextmanager
+def _evaluating(model: Sequence[torch.nn.Module], mlps: Sequence[Any], device: torch.device) -> Iterator[None]:
+    """Evaluation mode, with recorders of its own, so that training statistics stay those of training."""
+    recorders = [mlp.recorder for mlp in mlps]
+    gathers = [chunk for chunk in model if getattr(chunk, "remove_forward_pre_hook_handles", None)]
+    for chunk in gathers:  # parameters whose all-gather waits for the next training step are needed now
+        chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+    for chunk in model:
+        chunk.eval()
+    for mlp in mlps:
+        mlp.recorder = LayerStats(mlp.hidden, device)
+    try:
+        yield
+    finally:
+        for mlp, recorder in zip(mlps, recorders, strict=True):
+            mlp.recorder = recorder
+        for chunk in model:
+            chunk.train()
+        for chunk in gathers:
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]
+
+
+def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
+    """Validates a saved checkpoint at any layout and prints the result on rank 0.
+
+    Args:
+        run: a run's directory (its newest complete checkpoint), a directory of checkpoints, or a checkpoint.
+        overrides: `a.b=c` on top of the checkpoint's own configuration.
+
+    Raises:
+        CheckpointError: no complete checkpoint there.
+        ConfigError: the overrides do not fit.
+    """
+    path = checkpoint_files.resolve(Path(run))
+    cfg = parse_config(config_of(path), overrides, source=str(path))
+    launch = read_environment()
+    cfg.validate(launch.world_size)
+    device = initialize(cfg, launch)
+    try:
+        datasets = build_datasets(cfg, launch.local_rank)
+        if datasets.valid is None:
+            raise checkpoint_files.CheckpointError(
+                f"{path}: its configuration has no validation data; give data.valid=PREFIX or training.eval_steps=10"
+            )
+        model: list[torch.nn.Module] = list(build_model(cfg))
+        step = Checkpointer(cfg).load_weights(path, model, None)
+        for chunk in model:
+            chunk.to(device)
+        metrics = run_validation(cfg, model, list(iter_sparse_mlps(model)), datasets.valid, device)
+        if dist.get_rank() == 0:
+            print(f"{path} (step {step}), {validation_samples(cfg)} samples of {cfg.data.sequence_length} tokens")
+            for name, value in metrics.items():
+                print(f"  {name:24} {value:.6g}")
+    finally:
+        shut_down()
+    return metrics

@@ -1,0 +1,352 @@
+"""The training loop. Read `train` first: it is the whole run in the order in which things happen."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megasparse.config import Config, ConfigError, Problem, dump_config
+from megasparse.megatron import build_model, iter_sparse_mlps
+from megasparse.training import checkpoint_files
+from megasparse.training.callbacks import Callback, CallbackList, Metrics, TrainState
+from megasparse.training.checkpoint import Checkpointer
+from megasparse.training.checkpoint_files import CheckpointError
+from megasparse.training.data import StepLoader, check_probes, data_probes
+from megasparse.training.datasets import Datasets, build_datasets
+from megasparse.training.dead_neurons import reinit_is_due, reinitialise
+from megasparse.training.distributed import Launch, initialize, read_environment, shut_down
+from megasparse.training.evaluate import run_validation
+from megasparse.training.l1 import L1Controller
+from megasparse.training.layer_stats import LayerCounter, LayerCounts
+from megasparse.training.optimizer import build_optimizer, not_finite_gradients, wrap_in_ddp
+from megasparse.training.schedule import LearningRate
+from megasparse.training.signals import (
+    EXIT_DONE,
+    EXIT_NOT_FINITE,
+    EXIT_REQUEUE,
+    StopReason,
+    StopWatcher,
+    write_exit_file,
+)
+from megasparse.training.step import NotFiniteError, StepResult, connect_schedule, train_step
+
+log = logging.getLogger("megasparse")
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Steps without an update, because loss or gradient was not finite, after which the run gives up."""
+
+
+@dataclass
+class Run:
+    """What the loop works with, besides the state that observers see."""
+
+    cfg: Config
+    state: TrainState
+    datasets: Datasets
+    loader: StepLoader
+    counter: LayerCounter
+    checkpointer: Checkpointer
+    callbacks: CallbackList
+    stop: StopWatcher
+    device: torch.device
+    skipped_in_a_row: int = 0
+
+
+def train(run: Run) -> StopReason:
+    """Runs the steps that are left. Returns why it ended early, or NONE."""
+    cfg, state = run.cfg, run.state
+    reason = StopReason.NONE
+    run.callbacks.on_start(state)
+    while state.step < cfg.training.steps and reason == StopReason.NONE:
+        run.callbacks.on_step_start(state)
+        started = time.perf_counter()
+        rate = prepare_step(run, state.step + 1)
+        batches = run.loader.next_step()
+        result = train_step(
+            cfg, state.model, state.optimizer, batches, run.stop.local_reason(), after_backward=run.counter.end
+        )
+        reinitialised = finish_step(run, result)
+        seconds = time.perf_counter() - started
+        run.callbacks.on_step_end(state, step_metrics(run, result, rate, seconds, reinitialised))
+        reason = result.stop
+        last = state.step == cfg.training.steps
+        if is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE:
+            validate(run)
+        if is_due(cfg.checkpoint.interval, state.step, last or reason != StopReason.NONE):
+            save(run)
+        run.checkpointer.poll()
+    run.checkpointer.close()
+    run.loader.close()
+    if reason != StopReason.NONE:
+        state.exit_reason = f"{reason.name} after step {state.step}"
+    run.callbacks.on_end(state)
+    return reason
+
+
+def is_due(interval: int, step: int, end: bool) -> bool:
+    """Every `interval` steps (0: never) and at the end."""
+    return end or (interval > 0 and step % interval == 0)
+
+
+def prepare_step(run: Run, step: int) -> float:
+    """Sets learning rate and L1 coefficients of the step; returns the learning rate."""
+    run.state.l1.set_step(step, run.state.mlps)
+    if run.state.l1.needs_statistics or routes_after(run.cfg, step):
+        run.counter.begin()
+    return float(run.state.scheduler.set_step(step))
+
+
+def finish_step(run: Run, result: StepResult) -> list[int] | None:
+    """Everything that follows the update: counters, L1 coefficients, routers, dead neurons.
+
+    Returns:
+        re-initialised neurons of every layer, or None where it was not due.
+
+    Raises:
+        NotFiniteError: this was one skipped step too many.
+    """
+    cfg, state = run.cfg, run.state
+    state.step += 1
+    state.consumed_samples += cfg.training.global_batch_size
+    state.consumed_tokens += cfg.training.global_batch_size * cfg.data.sequence_length
+    count_skipped(run, result)
+    for mlp in state.mlps:
+        mlp.recorder.end_step()
+    counts = run.counter.take()
+    if counts is not None:
+        state.l1.update(state.step, counts.l0)
+        if routes_after(cfg, state.step):
+            route(cfg, state, counts)
+    if reinit_is_due(cfg, state.step):
+        return reinitialise(cfg, state.mlps, state.optimizer, state.step)
+    return None
+
+
+def count_skipped(run: Run, result: StepResult) -> None:
+    """Reports a step without an update, and gives up after too many of them."""
+    if result.updated:
+        run.skipped_in_a_row = 0
+        return
+    run.state.skipped_steps += 1
+    run.skipped_in_a_row += 1
+    where = f"loss not finite on ranks {result.not_finite_ranks}" if result.not_finite_ranks else "gradient not finite"
+    text = f"step {run.state.step}: no update: loss {result.loss}, gradient norm {result.grad_norm} ({where})"
+    if run.state.is_writer:
+        log.warning(text)
+    if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        guilty = not_finite_gradients(run.state.model)
+        raise NotFiniteError(
+            f"{text}\nThat was step {run.skipped_in_a_row} in a row without an update: giving up. Gradients that are "
+            f"not finite: {guilty or 'none'}. The last checkpoints are as they were; look at the learning rate, the data "
+            f"around sample {run.state.consumed_samples}, and the hardware of the ranks named."
+        )
+
+
+def routes_after(cfg: Config, step: int) -> bool:
+    """Whether layers choose their path after this step."""
+    return cfg.sparsity.path != "dense" and step % cfg.sparsity.route_interval == 0
+
+
+def route(cfg: Config, state: TrainState, counts: LayerCounts) -> None:
+    """Gives each layer's router the statistics of the step, the same on every rank."""
+    for mlp in state.mlps:
+        mlp.router.update(
+            counts.l0[mlp.layer_index] / cfg.parallel.tensor,
+            counts.union_fraction[mlp.layer_index],
+            mlp.recorder.tile_counts,
+        )
+
+
+def step_metrics(
+    run: Run, result: StepResult, rate: float, seconds: float, reinitialised: list[int] | None
+) -> Metrics:
+    """See `Callback.on_step_end`."""
+    state = run.state
+    coefficients = state.l1.coefficients
+    metrics: Metrics = {
+        "loss/lm": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": rate,
+        "l1/coeff": sum(coefficients) / len(coefficients),
+        "optim/skipped_steps": state.skipped_steps,
+        "progress/tokens": state.consumed_tokens,
+        "progress/samples": state.consumed_samples,
+        "perf/step_time_s": seconds,
+        "perf/data_wait_s": run.loader.wait_seconds,
+    }
+    metrics.update({f"l1/layer_{layer}/coeff": value for layer, value in enumerate(coefficients)})
+    if reinitialised is not None:
+        metrics.update({f"dead_neurons/layer_{layer}/reinitialised": n for layer, n in enumerate(reinitialised)})
+    return metrics
+
+
+def validate(run: Run) -> None:
+    """Validation, where there are data for it."""
+    if run.datasets.valid is not None:
+        metrics = run_validation(run.cfg, run.state.model, run.state.mlps, run.datasets.valid, run.device)
+        run.callbacks.on_eval(run.state, metrics)
+
+
+def save(run: Run) -> None:
+    """Saves a checkpoint of everything after the step that has just ended."""
+    probes = data_probes(run.datasets.train, run.state.consumed_samples)
+    run.checkpointer.save(run.state, {"data": [list(probe) for probe in probes]})
+
+
+def pretrain(cfg: Config, callbacks: Sequence[Callback] | None = None) -> int:
+    """Trains as the configuration says, from scratch or from the newest checkpoint of the run.
+
+    Args:
+        cfg: the run. Every rank of the job calls with the same.
+        callbacks: observers; None: the project's own monitoring.
+
+    Returns:
+        the process's exit code: see `signals.py`.
+
+    Raises:
+        ConfigError, LaunchError, CheckpointError, DataChangedError: with a message that says what to do.
+    """
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    launch = read_environment()
+    cfg.validate(launch.world_size)
+    device = initialize(cfg, launch)
+    first = launch.rank == 0
+    with StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None) as stop:
+        run = start(cfg, launch, device, stop, callbacks)
+        try:
+            reason = train(run)
+            code, text = (EXIT_DONE, "done") if reason == StopReason.NONE else (EXIT_REQUEUE, reason.name)
+        except NotFiniteError as error:
+            code, text = EXIT_NOT_FINITE, str(error)
+            if first:
+                log.error(text)
+        if first:
+            write_exit_file(cfg.run_directory, code, text, run.state.step)
+            stop.clear_stop_file()
+    shut_down()
+    return code
+
+
+def start(
+    cfg: Config, launch: Launch, device: torch.device, stop: StopWatcher, callbacks: Sequence[Callback] | None
+) -> Run:
+    """Builds everything and brings it to where the run left off."""
+    first = launch.rank == 0
+    if first:
+        cfg.run_directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            (cfg.run_directory / "config.yaml").write_text(dump_config(cfg))
+    seed_everything(cfg)
+    datasets = build_datasets(cfg, launch.local_rank)
+    model = wrap_in_ddp(cfg, build_model(cfg))
+    optimizer = build_optimizer(cfg, model)
+    connect_schedule(cfg, model)
+    mlps = list(iter_sparse_mlps(model))
+    state = TrainState(
+        cfg=cfg,
+        model=model,
+        optimizer=optimizer,
+        scheduler=LearningRate(cfg, optimizer),
+        l1=L1Controller(cfg),
+        mlps=mlps,
+        is_writer=first,
+        run_directory=cfg.run_directory,
+        parameters=count_parameters(model),
+    )
+    if callbacks is None:
+        from megasparse.monitoring.monitor import Monitor
+
+        callbacks = [Monitor()]
+    observers = CallbackList(callbacks)
+    checkpointer = Checkpointer(cfg, on_saved=lambda path: observers.on_checkpoint(state, path))
+    checkpointer.prepare()
+    restore(cfg, checkpointer, state, datasets)
+    loader = StepLoader(
+        cfg,
+        datasets.train,
+        state.consumed_samples,
+        cfg.training.steps * cfg.training.global_batch_size,
+        launch.world_size,
+        device,
+    )
+    counter = LayerCounter(mlps, cfg.model.num_layers, cfg.model.ffn_hidden_size)
+    return Run(cfg, state, datasets, loader, counter, checkpointer, observers, stop, device)
+
+
+def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets: Datasets) -> None:
+    """Loads the newest checkpoint of the run, or what `checkpoint.load` names, or nothing, as configured.
+
+    Raises:
+        ConfigError: `checkpoint.resume` forbids what is found.
+    """
+    section = cfg.checkpoint
+    root = cfg.checkpoint_directory
+    found = checkpoint_files.find_checkpoints(root)
+    if section.resume == "never" and found:
+        raise ConfigError(
+            [
+                Problem(
+                    "checkpoint.resume",
+                    f"never, but {root} holds checkpoints (the newest of step {found[0].step})",
+                    "choose another run.name or checkpoint.directory, or resume: auto",
+                )
+            ]
+        )
+    extra = checkpointer.resume(state)
+    if extra is None and section.resume == "must":
+        raise ConfigError(
+            [Problem("checkpoint.resume", f"must, but there is no checkpoint in {root}", "start with resume: auto")]
+        )
+    if extra is None and section.load is not None:
+        path = checkpoint_files.resolve(Path(section.load))
+        if section.load_scope == "weights":
+            checkpointer.load_weights(path, state.model, state.optimizer)
+        else:
+            extra = checkpointer.load(path, state)
+            state.wandb_run_id = None  # another run's
+        if state.is_writer:
+            log.info("checkpoint: %s loaded from %s", section.load_scope, path)
+    if extra is not None:
+        check_probes(datasets.train, [(int(position), text) for position, text in extra["data"]])
+    if state.resumed_from is not None and state.is_writer:
+        log.info("checkpoint: resumed from %s (step %d)", state.resumed_from, state.step)
+
+
+def seed_everything(cfg: Config) -> None:
+    """Random states of this rank. Weights and data do not depend on them; dropout does."""
+    seed = cfg.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    if cfg.training.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def count_parameters(model: Sequence[torch.nn.Module]) -> int:
+    """Parameters of the whole model; the last stage's copy of a tied embedding is not counted. Collective."""
+    own = 0
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith("output_layer.weight") and getattr(parameter, "shared_embedding", False):
+                continue
+            sharded = getattr(parameter, "tensor_model_parallel", False)
+            if sharded or parallel_state.get_tensor_model_parallel_rank() == 0:
+                own += parameter.numel()
+    total = torch.tensor([own], dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total.item())
+
+
+__all__ = ["CheckpointError", "Run", "pretrain", "train"]
