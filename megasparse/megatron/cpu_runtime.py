@@ -90,7 +90,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
-            kwargs.pop("pin_memory", None)
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return call

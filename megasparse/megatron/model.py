@@ -57,7 +57,10 @@ def transformer_config(cfg: Config) -> TransformerConfig:
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         init_method_std=model.init_std,
-        perform_initialization=False,  # `initialize` does it, independently of the layout
+        # `initialize` does it, independently of the layout. Megatron's own pass still marks what is sharded.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -69,7 +72,8 @@ def transformer_config(cfg: Config) -> TransformerConfig:
         # Interleaved stages send to both neighbours at once, which on two stages is the same pair of ranks.
         overlap_p2p_comm=chunks is not None,
         batch_p2p_comm=chunks is None,
-        deallocate_pipeline_outputs=parallel.pipeline > 1,
+        # Gloo may still be sending what this frees; NCCL's streams keep it alive.
+        deallocate_pipeline_outputs=cuda and parallel.pipeline > 1,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=cuda and _grad_accum_fusion_available,
         cross_entropy_loss_fusion=cuda,
@@ -81,11 +85,15 @@ def transformer_config(cfg: Config) -> TransformerConfig:
     )
 
 
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def build_model(cfg: Config, mlp: ModuleSpec | None = None) -> list[GPTModel]:
     """This rank's chunks of the model, with their first weights, before data-parallel wrapping.
 
-    Megatron's process groups must be there (`parallel_state.initialize_model_parallel`). One chunk, or one for each
-    virtual stage, in order. The weights depend on `training.seed` alone, not on the layout.
+    Megatron's process groups (`parallel_state.initialize_model_parallel`) and random states
+    (`model_parallel_cuda_manual_seed`) must be there. One chunk, or one for each virtual stage, in order. The weights depend on `training.seed` alone, not on the layout.
 
     Args:
         mlp: spec of another MLP than the sparse one, such as Megatron's dense one.

@@ -1,0 +1,299 @@
+"""What runs inside the worker processes of these tests: a tiny GPT, trained by Megatron's own machinery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from megasparse.config import Config, parse_config
+from megasparse.megatron import build_model, iter_sparse_mlps
+from megasparse.megatron.init import global_name
+
+SEQUENCE, BATCH, VOCAB = 16, 4, 96
+
+Arrays = dict[str, np.ndarray]
+
+
+def make_config(**overrides: Any) -> Config:
+    """The tiny GPT; `overrides` are `section__key=value`."""
+    raw: dict[str, Any] = {
+        "model": {
+            "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
+            "vocab_size": VOCAB, "make_vocab_size_divisible_by": 8, "init_std": 0.2,
+        },
+        "sparsity": {"path": "dense"},
+        "data": {"sequence_length": SEQUENCE},
+        "parallel": {},
+        "training": {"global_batch_size": BATCH, "micro_batch_size": 1, "steps": 4, "precision": "fp32"},
+    }  # fmt: skip
+    for name, value in overrides.items():
+        section, key = name.split("__")
+        raw[section][key] = value
+    return parse_config(raw)
+
+
+def dense_mlp() -> ModuleSpec:
+    """Megatron's own dense MLP."""
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+
+
+def start(cfg: Config) -> None:
+    parallel = cfg.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+    )
+    model_parallel_cuda_manual_seed(cfg.training.seed, force_reset_rng=True)
+    size = torch.distributed.get_world_size() // parallel.model_size
+    init_num_microbatches_calculator(
+        0, None, cfg.training.global_batch_size, cfg.training.micro_batch_size, size, False
+    )
+
+
+def batch(cfg: Config, step: int, masked: bool) -> dict[str, torch.Tensor]:
+    """The whole global batch of a step: the same on every rank, whatever the layout."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (cfg.training.global_batch_size, SEQUENCE)
+    text = torch.randint(VOCAB, (shape[0], SEQUENCE + 1), generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.7 if masked else torch.ones(shape, dtype=torch.bool)
+    mask[0, 0] = True
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "loss_mask": mask.float(),
+        "position_ids": torch.arange(SEQUENCE).expand(shape).contiguous(),
+    }
+
+
+class Model:
+    """Chunks wrapped for data parallelism, as Megatron trains them."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        *,
+        dense: bool = False,
+        coeff: float | list[float] = 0.0,
+        per_token: bool = True,
+        overlap: bool = False,
+        loss_scale: float = 1.0,
+        pass_mask: bool = True,
+    ) -> None:
+        self.cfg = cfg
+        self.pass_mask = pass_mask
+        self.chunks = build_model(cfg, mlp=dense_mlp() if dense else None)
+        self.config = self.chunks[0].config
+        self.config.calculate_per_token_loss = per_token
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if loss_scale != 1.0:
+            self.config.grad_scale_func = lambda loss: loss * loss_scale
+        for mlp in iter_sparse_mlps(self.chunks):
+            mlp.l1_coeff.fill_(coeff if isinstance(coeff, float) else coeff[mlp.layer_index])
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap,
+            use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        )
+        self.ddp = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(self.chunks)
+        ]
+        if overlap:
+            self.config.no_sync_func = [chunk.no_sync for chunk in self.ddp]
+            self.config.grad_sync_func = [chunk.start_grad_sync for chunk in self.ddp]
+            if len(self.ddp) == 1:
+                self.config.no_sync_func = self.config.no_sync_func[0]
+                self.config.grad_sync_func = self.config.grad_sync_func[0]
+
+    def _micro_batches(self, whole: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        per_pass = self.cfg.training.micro_batch_size
+        for first in range(rank * per_pass, self.cfg.training.global_batch_size, size * per_pass):
+            part = {name: value[first : first + per_pass] for name, value in whole.items()}
+            yield get_batch_on_this_cp_rank(part)
+
+    def forward_backward(
+        self, step: int = 0, *, masked: bool = False, cross_entropy: float = 1.0, forward_only: bool = False
+    ) -> float:
+        """One global batch; gradients end up in main_grad, reduced. Returns the mean loss on the last stage."""
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        whole = batch(self.cfg, step, masked)
+
+        def forward_step(iterator: Iterator[dict[str, torch.Tensor]], chunk: torch.nn.Module) -> Any:
+            part = next(iterator)
+            padding = {"padding_mask": part["loss_mask"] == 0} if masked and self.pass_mask else {}
+            losses = chunk(part["tokens"], part["position_ids"], None, labels=part["labels"], **padding)
+
+            def loss(output: torch.Tensor) -> Any:
+                total = (output * part["loss_mask"]).sum()
+                count = part["loss_mask"].sum().int()
+                return total * cross_entropy, count, {"total": total.detach()}
+
+            return losses, loss
+
+        micro = self.cfg.num_microbatches(torch.distributed.get_world_size())
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[self._micro_batches(whole) for _ in self.ddp],
+            model=self.ddp,
+            num_microbatches=micro,
+            seq_length=SEQUENCE,
+            micro_batch_size=self.cfg.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        total = sum((report["total"].double() for report in reports), torch.zeros((), dtype=torch.float64))
+        torch.distributed.all_reduce(total)
+        return float(total) / float(whole["loss_mask"].sum()) / self.cfg.parallel.tensor
+
+    def shards(self, gradients: bool = False) -> list[tuple[str, np.ndarray, int, int, int]]:
+        """(global name, values, partition dimension or -1, stride, tensor-parallel rank) of every parameter here."""
+        found = []
+        for chunk in self.chunks:
+            first = chunk.decoder.layers[0].layer_number - 1
+            for name, parameter in chunk.named_parameters():
+                parallel = getattr(parameter, "tensor_model_parallel", False)
+                value = parameter.main_grad if gradients else parameter.data
+                found.append((
+                    global_name(name, first, self.cfg.model.tie_embeddings),
+                    value.detach().numpy().copy(),
+                    parameter.partition_dim if parallel else -1,
+                    max(1, getattr(parameter, "partition_stride", 1)) if parallel else 1,
+                    parallel_state.get_tensor_model_parallel_rank(),
+                ))  # fmt: skip
+        return found
+
+
+def assemble(ranks: list[list[tuple[str, np.ndarray, int, int, int]]]) -> Arrays:
+    """Whole parameters from all ranks' shards, the down projection in Megatron's layout; copies must agree."""
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    layout: dict[str, tuple[int, int]] = {}
+    for shards in ranks:
+        for name, values, dim, stride, rank in shards:
+            layout[name] = dim, stride
+            rank = rank if dim >= 0 else 0
+            known = parts.setdefault(name, {}).setdefault(rank, values)
+            np.testing.assert_allclose(known, values, rtol=1e-5, atol=1e-7, err_msg=name)
+    whole = {}
+    for name, shards_by_rank in parts.items():
+        dim, stride = layout[name]
+        ordered = [shards_by_rank[rank] for rank in sorted(shards_by_rank)]
+        if dim < 0:
+            whole[name] = ordered[0]
+        else:
+            cut = [np.split(shard, stride, axis=dim) for shard in ordered]
+            whole[name] = np.concatenate([piece[s] for s in range(stride) for piece in cut], axis=dim)
+        if name.endswith("linear_fc2.weight") and dim == 0:
+            whole[name] = whole[name].T
+    return whole
+
+
+def gradients(config: dict[str, Any], model: dict[str, Any], step: dict[str, Any]) -> Any:
+    """One forward and backward: (loss, gradient shards)."""
+    cfg = make_config(**config)
+    start(cfg)
+    tiny = Model(cfg, **model)
+    loss = tiny.forward_backward(**step)
+    return loss, tiny.shards(gradients=True)
+
+
+def statistics(config: dict[str, Any], model: dict[str, Any], step: dict[str, Any], eval_mode: bool = False) -> Any:
+    """One forward and backward: per sparse MLP (layer_index, tensor-parallel rank, its sums)."""
+    cfg = make_config(**config)
+    start(cfg)
+    tiny = Model(cfg, **model)
+    for chunk in tiny.ddp:
+        chunk.train(not eval_mode)
+    tiny.forward_backward(**step)
+    return [
+        (
+            mlp.layer_index,
+            parallel_state.get_tensor_model_parallel_rank(),
+            {
+                "tokens": int(mlp.recorder.tokens),
+                "active": int(mlp.recorder.active),
+                "l1": float(mlp.recorder.l1),
+                "tiles": int(mlp.recorder.tiles),
+                "fired": mlp.recorder.fired.numpy().copy(),
+            },
+        )
+        for mlp in iter_sparse_mlps(tiny.chunks)
+    ]
+
+
+def first_weights(config: dict[str, Any]) -> Any:
+    cfg = make_config(**config)
+    start(cfg)
+    return Model(cfg).shards()
+
+
+def _optimizer(tiny: Model) -> Any:
+    config = OptimizerConfig(
+        optimizer="adam", lr=1e-2, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0, weight_decay=0.1,
+        use_distributed_optimizer=tiny.cfg.parallel.distributed_optimizer,
+    )  # fmt: skip
+    return get_megatron_optimizer(config, tiny.ddp)
+
+
+def _state(tiny: Model, optimizer: Any, loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {}
+    for index, chunk in enumerate(tiny.chunks):
+        state[f"model{index}"] = chunk.sharded_state_dict(metadata=metadata)
+    whole = {key: value for part in state.values() for key, value in part.items()}
+    if len(tiny.chunks) > 1:
+        whole = dict(state)
+    state["optimizer"] = optimizer.sharded_state_dict(whole, is_loading=loading, metadata=metadata)
+    return state
+
+
+def train(
+    config: dict[str, Any],
+    model: dict[str, Any],
+    steps: list[int],
+    load: str | None = None,
+    save: str | None = None,
+) -> Any:
+    """Train the steps, from a checkpoint and to one: (losses, gradient norms, weights)."""
+    cfg = make_config(**config)
+    start(cfg)
+    tiny = Model(cfg, **model)
+    optimizer = _optimizer(tiny)
+    if load:
+        loaded = dist_checkpointing.load(_state(tiny, optimizer, loading=True), load)
+        for index, chunk in enumerate(tiny.chunks):
+            chunk.load_state_dict(loaded[f"model{index}"])
+        optimizer.load_state_dict(loaded["optimizer"])
+    losses, norms = [], []
+    for step in steps:
+        losses.append(tiny.forward_backward(step))
+        fine, norm, _ = optimizer.step()
+        assert fine
+        norms.append(float(norm))
+    if save:
+        if torch.distributed.get_rank() == 0:
+            Path(save).mkdir(parents=True, exist_ok=True)
+        torch.distributed.barrier()
+        dist_checkpointing.save(_state(tiny, optimizer, loading=False), save)
+    return losses, norms, tiny.shards()
