@@ -141,7 +141,7 @@ def _add_pretrain(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="validation loss, perplexity and per-layer L0 of a checkpoint")
     parser.add_argument(
-        "run", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint) or a checkpoint"
+        "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint) or a checkpoint"
     )
     _add_overrides(parser)
     parser.set_defaults(run=_evaluate)
@@ -221,7 +221,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from megasparse.training.evaluate import evaluate
 
-    evaluate(args.run, args.overrides)
+    evaluate(args.checkpoint, args.overrides)
     return 0
 
 

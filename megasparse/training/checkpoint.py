@@ -178,8 +178,9 @@ class Checkpointer:
                 log.warning("checkpoint: DAMAGED, trying the one before: %s: %s", item.path, problem)
         if problems:
             raise CheckpointError(
-                "no checkpoint can be loaded:\n  " + "\n  ".join(problems) + "\nRestore one of them, or start anew with "
-                "another run.name or checkpoint.directory."
+                "no checkpoint can be loaded:\n  "
+                + "\n  ".join(problems)
+                + "\nRestore one of them, or start anew with another run.name or checkpoint.directory."
             )
         return None
 
@@ -345,10 +346,11 @@ def _rank_object(data: Any) -> ShardedObject:
 
 def _get_rank_state(state: TrainState) -> dict[str, Any]:
     """Random states and routers, as plain values and tensors."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(gauss)),  # type: ignore[union-attr]
+        "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),

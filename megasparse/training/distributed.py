@@ -22,6 +22,10 @@ FIRST_PORT = 20000
 """SLURM jobs rendezvous at FIRST_PORT + job id % 10000: below the ephemeral range, and two jobs rarely agree."""
 
 
+_joined: list[str] = []
+"""Not empty where `initialize` made the default process group, rather than finding one."""
+
+
 class LaunchError(RuntimeError):
     """The launcher's environment does not make sense. The message says which variable and what to do."""
 
@@ -161,8 +165,8 @@ def initialize(cfg: Config, launch: Launch) -> torch.device:
     timeout = datetime.timedelta(minutes=cfg.parallel.timeout_minutes)
     try:
         if dist.is_initialized():
-            pass  # by the caller, who embeds this in a program of their own
-        elif launch.world_size == 1:
+            return _make_groups(cfg, device)  # its caller's, who runs this inside a program of their own
+        if launch.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(
@@ -181,6 +185,11 @@ def initialize(cfg: Config, launch: Launch) -> torch.device:
             "Is the address that of the first node, is the port free, did all processes start? "
             "Set MASTER_ADDR and MASTER_PORT to choose others."
         ) from error
+    _joined.append(backend)
+    return _make_groups(cfg, device)
+
+
+def _make_groups(cfg: Config, device: torch.device) -> torch.device:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=cfg.parallel.tensor,
         pipeline_model_parallel_size=cfg.parallel.pipeline,
@@ -194,8 +203,8 @@ def initialize(cfg: Config, launch: Launch) -> torch.device:
 
 
 def shut_down() -> None:
-    """Leaves the job. Safe to call when it was never joined."""
-    if dist.is_initialized():
-        if parallel_state.is_initialized():
-            parallel_state.destroy_model_parallel()
+    """Undoes `initialize`."""
+    parallel_state.destroy_model_parallel()
+    if _joined:
+        _joined.clear()
         dist.destroy_process_group()

@@ -147,8 +147,8 @@ def count_skipped(run: Run, result: StepResult) -> None:
         guilty = not_finite_gradients(run.state.model)
         raise NotFiniteError(
             f"{text}\nThat was step {run.skipped_in_a_row} in a row without an update: giving up. Gradients that are "
-            f"not finite: {guilty or 'none'}. The last checkpoints are as they were; look at the learning rate, the data "
-            f"around sample {run.state.consumed_samples}, and the hardware of the ranks named."
+            f"not finite: {guilty or 'none'}. The last checkpoints are as they were; look at the learning rate, at the "
+            f"data around sample {run.state.consumed_samples}, and at the hardware of the ranks named."
         )
 
 

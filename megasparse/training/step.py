@@ -47,7 +47,7 @@ class StepResult(NamedTuple):
 
 def connect_schedule(cfg: Config, model: Sequence[torch.nn.Module]) -> None:
     """Tells Megatron's pipeline schedules how gradients of these DDP-wrapped chunks are finished and overlapped."""
-    config = model[0].config
+    config: Any = model[0].config
     config.finalize_model_grads_func = finalize_model_grads
     if cfg.parallel.overlap_grad_reduce:
         single = len(model) == 1
@@ -140,7 +140,7 @@ def train_step(
         after_backward: called between the backward pass and the update.
     """
     for chunk in model:
-        chunk.zero_grad_buffer()
+        chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
     reports = run_schedule(cfg, model, batches, forward_only=False)
     if after_backward is not None:
