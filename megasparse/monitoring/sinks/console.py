@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 from collections.abc import Mapping
@@ -80,6 +81,7 @@ class ConsoleSink:
             )
             self._task = self._progress.add_task("train", total=total_steps, completed=step, summary="")
             self._progress.start()
+            atexit.register(self.close)  # a run that ends by an exception must leave a usable terminal
             self._take_over_logging()
 
     def _take_over_logging(self) -> None:
@@ -124,6 +126,7 @@ class ConsoleSink:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+            atexit.unregister(self.close)
         root = logging.getLogger()
         for original, ours in self._handlers:
             root.removeHandler(ours)

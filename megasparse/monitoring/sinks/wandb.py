@@ -14,8 +14,8 @@ the step it resumes from, into its new directory: the newest directory always ho
 
     wandb sync <directory>/wandb/latest-run
 
-uploads it. Directories of earlier starts are renamed to `superseded-...`, which `wandb sync` does not pick up by
-itself. Without metrics.jsonl there is nothing to replay; it is the source of truth.
+uploads it. Directories of earlier starts are moved to `<directory>/wandb-superseded`, out of the sight of `wandb sync`.
+Without metrics.jsonl there is nothing to replay; it is the source of truth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +94,9 @@ class WandbSink:
     def _start_online(
         self, arguments: dict[str, Any], settings: dict[str, Any], previous: dict[str, Any], resumed_step: int
     ) -> Any:
+        client = logging.getLogger("wandb")
+        level = client.level
+        client.setLevel(logging.CRITICAL)  # it logs a failure's stack trace; the warning below says what matters
         try:
             run = wandb.init(mode="online", resume="allow", settings=wandb.Settings(**settings), **arguments)
         except wandb.errors.Error as error:
@@ -103,6 +106,8 @@ class WandbSink:
                 error,
             )
             return None
+        finally:
+            client.setLevel(level)
         # The server may lack the last points of a killed process, or this directory those of another machine.
         logged = max(int(previous.get("last_step", 0)) + int(previous.get("offset", 0)), run.starting_step - 1)
         self._offset = max(int(previous.get("offset", 0)), logged - resumed_step)
@@ -121,8 +126,7 @@ class WandbSink:
     def _start_offline(
         self, directory: Path, arguments: dict[str, Any], settings: dict[str, Any], history: Iterable[Record]
     ) -> Any:
-        for old in sorted((directory / "wandb").glob(f"offline-run-*-{self.run_id}")):
-            old.rename(old.with_name(f"superseded-{old.name}"))
+        _move_away(sorted((directory / "wandb").glob(f"offline-run-*-{self.run_id}")), directory / "wandb-superseded")
         run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
         self._run = run
         for record in history:
@@ -146,3 +150,12 @@ class WandbSink:
     def close(self, exit_code: int = 0) -> None:
         """Upload what is left (online) and end the W&B run; a later start resumes it."""
         self._run.finish(exit_code=exit_code)
+
+
+def _move_away(directories: Sequence[Path], to: Path) -> None:
+    for directory in directories:
+        to.mkdir(exist_ok=True)
+        target, copy = to / directory.name, 1
+        while target.exists():  # two starts within a second
+            target, copy = to / f"{directory.name}.{copy}", copy + 1
+        directory.rename(target)

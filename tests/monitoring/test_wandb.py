@@ -1,0 +1,133 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megasparse.monitoring.environment import read_json
+from megasparse.monitoring.record import Record, read_records
+from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink
+from megasparse.monitoring.sinks.wandb import STATE_FILE, WandbSink
+from tests.monitoring.wandb_file import OfflineRun, offline_runs
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No login, nothing outside the test's directory."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def record(step: int, attempt: int = 1) -> Record:
+    return Record(step, 0.0, "train", {"loss/lm": 10.0 / step, "attempt": attempt, "sparsity/layer_0/path": "dense"})
+
+
+def session(directory: Path, first: int, last: int, attempt: int = 1, **options: Any) -> WandbSink:
+    """One process of a run: steps `first` to `last`, each written to both sinks."""
+    jsonl = JsonlSink(directory, first - 1)
+    history = read_records(directory / FILE_NAME)
+    arguments = {"mode": "offline", "project": "tests", "resumed_step": first - 1, "history": history}
+    sink = WandbSink(directory, **(arguments | options))
+    for step in range(first, last + 1):
+        jsonl.write(record(step, attempt))
+        sink.write(record(step, attempt))
+    jsonl.close()
+    sink.close()
+    return sink
+
+
+def test_offline_file_holds_metrics_config_and_commit(tmp_path: Path) -> None:
+    config = {"model": {"num_layers": 2}, "environment": {"world_size": 4}}
+    sink = session(tmp_path, 1, 3, name="name", tags=["a"], config=config, git_commit="0123abcd")
+    (directory,) = offline_runs(tmp_path)
+    run = OfflineRun(directory)
+    assert (run.id, run.project, run.commit) == (sink.run_id, "tests", "0123abcd")
+    assert run.config["model"] == {"num_layers": 2}
+    assert run.config["environment"] == {"world_size": 4}
+    assert [row["_step"] for row in run.history] == [1, 2, 3]
+    assert [row["loss/lm"] for row in run.history] == [10.0, 5.0, 10.0 / 3]
+    assert run.history[0]["sparsity/layer_0/path"] == "dense"
+    assert run.history[0]["progress/step"] == 1
+
+
+def test_validation_joins_the_training_record_of_its_step(tmp_path: Path) -> None:
+    sink = WandbSink(tmp_path, mode="offline", project="tests")
+    sink.write(record(5))
+    sink.write(Record(5, 0.0, "valid", {"eval/loss": 3.0}))
+    sink.write(record(6))
+    sink.close()
+    run = OfflineRun(offline_runs(tmp_path)[0])
+    assert [row["_step"] for row in run.history] == [5, 6]
+    assert run.history[0]["eval/loss"] == 3.0
+    assert run.history[0]["loss/lm"] == 2.0
+
+
+def test_three_starts_and_a_rollback_leave_one_whole_run(tmp_path: Path) -> None:
+    ids = {session(tmp_path, 1, 6, attempt=1).run_id}
+    ids.add(session(tmp_path, 7, 9, attempt=2).run_id)
+    ids.add(session(tmp_path, 5, 8, attempt=3).run_id)  # from the checkpoint of step 4
+    assert len(ids) == 1
+    (newest,) = offline_runs(tmp_path)  # earlier directories do not upload over it
+    assert len(list((tmp_path / "wandb-superseded").glob("offline-run-*"))) == 2
+    run = OfflineRun(newest)
+    assert [(row["_step"], row["attempt"]) for row in run.history] == [
+        (1, 1), (2, 1), (3, 1), (4, 1), (5, 3), (6, 3), (7, 3), (8, 3),
+    ]  # fmt: skip
+    assert (tmp_path / "wandb" / "latest-run").resolve() == newest.resolve()
+
+
+def test_wandb_sync_takes_the_newest_directory_alone(tmp_path: Path) -> None:
+    session(tmp_path, 1, 2)
+    session(tmp_path, 3, 4)
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    output = result.stdout + result.stderr
+    (newest,) = offline_runs(tmp_path)
+    assert "Would sync 1 run(s)" in output
+    assert "Skipped" not in output
+    (listed,) = [tmp_path / word for word in output.split() if word.endswith(".wandb")]
+    assert listed.resolve() == next(newest.glob("run-*.wandb")).resolve()
+
+
+def test_the_checkpoints_run_id_wins_over_the_directorys(tmp_path: Path) -> None:
+    session(tmp_path, 1, 2)
+    sink = session(tmp_path, 3, 4, run_id="fromckpt")
+    assert sink.run_id == "fromckpt"
+    assert read_json(tmp_path / STATE_FILE)["run_id"] == "fromckpt"
+
+
+def test_a_moved_run_directory_keeps_the_id_of_the_checkpoint(tmp_path: Path) -> None:
+    first = session(tmp_path / "a", 1, 2)
+    second = session(tmp_path / "b", 3, 4, run_id=first.run_id)
+    assert OfflineRun(offline_runs(tmp_path / "b")[0]).id == second.run_id == first.run_id
+
+
+def test_a_killed_start_loses_nothing_that_metrics_jsonl_has(tmp_path: Path) -> None:
+    """SIGKILL: the client never finishes its file; the next start rebuilds the run from metrics.jsonl."""
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from tests.monitoring import test_wandb as t\n"
+        "jsonl = t.JsonlSink(Path(sys.argv[1])); sink = t.WandbSink(Path(sys.argv[1]), mode='offline', project='p')\n"
+        "for step in range(1, 6): jsonl.write(t.record(step)); sink.write(t.record(step))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root, timeout=120, check=False)
+    run_id = read_json(tmp_path / STATE_FILE)["run_id"]
+    sink = session(tmp_path, 5, 7, attempt=2)
+    assert sink.run_id == run_id
+    run = OfflineRun(offline_runs(tmp_path)[-1])
+    assert [row["_step"] for row in run.history] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_without_a_login_the_run_goes_on_offline_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = session(tmp_path, 1, 2, mode="online")
+    assert "the run goes on offline" in caplog.text
+    assert OfflineRun(offline_runs(tmp_path)[0]).id == sink.run_id
