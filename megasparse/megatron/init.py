@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 _BLOCK_ROWS = 256
-_SCALED = (".linear_proj.weight", ".linear_fc2.weight")
+_DOWN = ".linear_fc2.weight"
+_SCALED = (".linear_proj.weight", _DOWN)
 """Projections that write to the residual stream."""
 
 
@@ -49,12 +50,19 @@ def shard_rows(
 
 @torch.no_grad()
 def fill_normal(weight: Tensor, name: str, seed: int, std: float, rank: int = 0, size: int = 1) -> None:
-    """Fill a weight [rows, columns], sharded as its attributes say, with normal(0, std) by `seed` and `name`."""
-    rows, columns = weight.shape
+    """Fill a weight [rows, columns], sharded as its attributes say, with normal(0, std) by `seed` and `name`.
+
+    A down projection stored [D, H] gets the transpose of one stored by neuron, [H, D]: a dense model so starts with
+    the weights of the sparse one.
+    """
     dim = getattr(weight, "partition_dim", -1) if getattr(weight, "tensor_model_parallel", False) else -1
+    stride = max(1, getattr(weight, "partition_stride", 1))
+    if name.endswith(_DOWN) and dim == 1:
+        weight, dim = weight.t(), 0
     if dim < 0:
         rank, size = 0, 1
-    runs, kept = shard_rows(rows, columns, rank, size, dim, max(1, getattr(weight, "partition_stride", 1)))
+    rows, columns = weight.shape
+    runs, kept = shard_rows(rows, columns, rank, size, dim, stride)
     width = columns * size if dim == 1 else columns
     generator = torch.Generator(device=weight.device)
     written = 0

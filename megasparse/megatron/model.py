@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ def transformer_config(cfg: Config) -> TransformerConfig:
     `calculate_per_token_loss` is on: the loss function returns a sum over tokens and their number, Megatron divides
     by the number of the whole batch. What training sets later (`finalize_model_grads_func`, `grad_scale_func`, ...)
     is left at its default.
+
+    Raises:
+        RuntimeError: where the configuration needs Transformer Engine and it is not there.
     """
     enable_cpu_runtime()
     model, parallel, training = cfg.model, cfg.parallel, cfg.training
@@ -39,6 +43,11 @@ def transformer_config(cfg: Config) -> TransformerConfig:
         options["recompute_method"] = "block" if training.recompute_layers else "uniform"
         options["recompute_num_layers"] = training.recompute_layers or 1
     elif training.recompute == "selective":
+        if "layernorm" in training.recompute_modules and importlib.util.find_spec("transformer_engine") is None:
+            raise RuntimeError(
+                "training.recompute_modules: Megatron-Core recomputes layernorm with Transformer Engine alone; install "
+                "it (pip install 'transformer-engine[pytorch]') or leave layernorm out"
+            )
         options["recompute_modules"] = list(training.recompute_modules)
     return TransformerConfig(
         num_layers=model.num_layers,

@@ -258,13 +258,10 @@ def _state(tiny: Model, optimizer: Any, loading: bool) -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    state: dict[str, Any] = {}
-    for index, chunk in enumerate(tiny.chunks):
-        state[f"model{index}"] = chunk.sharded_state_dict(metadata=metadata)
-    whole = {key: value for part in state.values() for key, value in part.items()}
-    if len(tiny.chunks) > 1:
-        whole = dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(whole, is_loading=loading, metadata=metadata)
+    state: dict[str, Any] = {
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(tiny.chunks)
+    }
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     return state
 
 
@@ -297,3 +294,77 @@ def train(
         torch.distributed.barrier()
         dist_checkpointing.save(_state(tiny, optimizer, loading=False), save)
     return losses, norms, tiny.shards()
+
+
+def oracle(config: dict[str, Any], coeff: list[float], masked: bool) -> Any:
+    """The L1 term written into the loss: Megatron's dense MLP, autograd, the whole batch at once, no parallelism.
+
+    Returns (gradient shards, per layer the sums that `statistics` returns).
+    """
+    cfg = make_config(**config)
+    start(cfg)
+    (chunk,) = build_model(cfg, mlp=dense_mlp())
+    whole = batch(cfg, 0, masked)
+    counted = whole["loss_mask"].bool().t()
+    layers: list[dict[str, Any]] = []
+    term = torch.zeros(())
+
+    def observe(module: torch.nn.Module, args: Any, output: Any) -> None:
+        nonlocal term
+        gate, up = output[0].chunk(2, dim=-1) if cfg.model.gated else (output[0], torch.ones(()))
+        total = (gate.relu() * up)[counted].abs().sum()
+        term = term + coeff[len(layers)] / cfg.model.num_layers * total / counted.sum()
+        active = (gate > 0)[counted]
+        layers.append({
+            "tokens": int(counted.sum()), "active": int(active.sum()), "l1": float(total),
+            "fired": active.any(0).numpy(),
+        })  # fmt: skip
+
+    for layer in chunk.decoder.layers:
+        layer.mlp.linear_fc1.register_forward_hook(observe)
+    chunk(whole["tokens"], whole["position_ids"], None, labels=whole["labels"])
+    term.backward()
+    found = []
+    for name, parameter in chunk.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found.append((name, gradient.numpy().copy(), -1, 1, 0))
+    return found, layers
+
+
+def sharded_keys(config: dict[str, Any], dense: bool) -> list[tuple[Any, ...]]:
+    """What a checkpoint of the model holds of this rank: key, type, whole and local shape, offset, replica."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    cfg = make_config(**config)
+    start(cfg)
+    tiny = Model(cfg, dense=dense)
+    found = []
+    for chunk in tiny.chunks:
+        state = chunk.sharded_state_dict()
+        apply_factories(state)
+        for item in nested_values(state):
+            if isinstance(item, ShardedTensor):
+                where = (item.dtype, item.global_shape, item.local_shape, item.global_offset, item.axis_fragmentations)
+                content = item.data.detach().double().sum().item()
+            else:
+                where, content = (item.global_shape, item.global_offset), 0.0
+            found.append((type(item).__name__, item.key, *map(str, where), str(item.replica_id), content))
+    return sorted(found)
+
+
+def plain_state(config: dict[str, Any]) -> tuple[bool, bool]:
+    """Plain state dicts: (sparse loads dense and computes the same, dense loads sparse and computes the same)."""
+    cfg = make_config(**config)
+    start(cfg)
+    results = []
+    for source_is_dense in (True, False):
+        source, target = Model(cfg, dense=source_is_dense), Model(cfg, dense=not source_is_dense)
+        with torch.no_grad():
+            for chunk in source.chunks:
+                for parameter in chunk.parameters():
+                    parameter.add_(0.01 * torch.arange(parameter.numel()).view_as(parameter).sin())
+        for ours, theirs in zip(target.chunks, source.chunks, strict=True):
+            ours.load_state_dict(theirs.state_dict())
+        results.append(abs(source.forward_backward() - target.forward_backward()) < 1e-5)
+    return results[0], results[1]
