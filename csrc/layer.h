@@ -111,7 +111,6 @@ inline GatherNtParams gather_nt_params(const Layer& layer, const PatternTensors&
   p.order = layer.order;
   p.union_idx = data<int32_t>(pattern.union_index);
   p.union_count = info + kUnionCount * (layer.tiles + 1);
-  p.block_ptr = info + kBlockPtr * (layer.tiles + 1);
   p.plan = data<int32_t>(plan);
   p.row_ptr = data<int64_t>(pattern.row_ptr);
   p.base = data<uint16_t>(base);
@@ -142,7 +141,6 @@ inline ExpandParams expand_params(const Layer& layer, const PatternTensors& patt
 inline void run_gather_down(const Layer& layer, const PatternTensors& pattern, const void* a0, const void* w0,
                             const void* a1, const void* w1, const at::Tensor& out) {
   const int32_t* info = data<int32_t>(pattern.tile_info);
-  const at::Tensor counter = layer.empty({1}, at::kInt);
   GatherDownParams p{};
   p.a0 = a0;
   p.a1 = a1;
@@ -152,13 +150,13 @@ inline void run_gather_down(const Layer& layer, const PatternTensors& pattern, c
   p.order = layer.order;
   p.block_ptr = info + kBlockPtr * (layer.tiles + 1);
   p.tile_order = info + kTileOrder * (layer.tiles + 1);
-  p.counter = data<int32_t>(counter);
   p.out = out.data_ptr();
   p.m = layer.m;
   p.d = layer.d;
   p.union_stride = layer.padded_hidden();
   p.sm_count = layer.sm_count;
-  check(launch_gather_down(p, layer.stream), "the gathered down product");
+  const at::Tensor workspace = layer.empty({static_cast<int64_t>(gather_down_workspace_bytes(p))}, at::kByte);
+  check(launch_gather_down(p, workspace.data_ptr(), layer.stream), "the gathered down product");
 }
 
 }  // namespace megasparse

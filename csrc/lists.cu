@@ -191,10 +191,11 @@ __global__ void overflow_flags_kernel(const int64_t* row_ptr_end, int64_t capaci
 
 constexpr int kSumThreads = 1024;
 
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const float* values, const int32_t* count, float* out) {
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const float* values, const int32_t* count, int scale,
+                                                         float* out) {
   __shared__ float shared[kSumThreads];
   float sum = 0.f;
-  for (int i = threadIdx.x; i < *count; i += kSumThreads) sum += values[i];
+  for (int i = threadIdx.x; i < *count * scale; i += kSumThreads) sum += values[i];
   shared[threadIdx.x] = sum;
   __syncthreads();
   for (int step = kSumThreads / 2; step > 0; step /= 2) {
@@ -224,8 +225,8 @@ cudaError_t launch_overflow_flags(const int64_t* row_ptr_end, int64_t capacity, 
   return cudaGetLastError();
 }
 
-cudaError_t launch_sum(const float* values, const int32_t* count, float* out, cudaStream_t stream) {
-  sum_kernel<<<1, kSumThreads, 0, stream>>>(values, count, out);
+cudaError_t launch_sum(const float* values, const int32_t* count, int scale, float* out, cudaStream_t stream) {
+  sum_kernel<<<1, kSumThreads, 0, stream>>>(values, count, scale, out);
   return cudaGetLastError();
 }
 

@@ -60,7 +60,7 @@ std::vector<at::Tensor> mlp_forward(const at::Tensor& x, const at::Tensor& w_in,
   const at::Tensor compact = layer.worst_case();  // g, then h
   const at::Tensor base = layer.empty({blocks, 128}, at::kShort);
   const at::Tensor g = layer.empty({saved}, at::kBFloat16);
-  const int64_t partials = layer.gated ? gather_nt_max_units(layer.m, layer.h) : blocks;
+  const int64_t partials = layer.gated ? gather_nt_max_units(layer.m, layer.h) * kGatherNtPartials : blocks;
   const at::Tensor l1_partial = layer.empty({partials}, at::kFloat);
   ExpandParams expand = expand_params(layer, pattern, base);
   expand.slots = slots.data_ptr();
@@ -88,7 +88,9 @@ std::vector<at::Tensor> mlp_forward(const at::Tensor& x, const at::Tensor& w_in,
   }
   at::Tensor y = at::empty_like(x);
   run_gather_down(layer, pattern, compact.data_ptr(), w_down.data_ptr(), nullptr, nullptr, y);
-  check(launch_sum(data<float>(l1_partial), partial_count, data<float>(statistics.l1), layer.stream), "the L1 sum");
+  check(launch_sum(data<float>(l1_partial), partial_count, layer.gated ? kGatherNtPartials : 1,
+                   data<float>(statistics.l1), layer.stream),
+        "the L1 sum");
 
   std::vector<at::Tensor> outputs{y, statistics.l1, statistics.counts, statistics.fired, statistics.tile_counts};
   if (save) {

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.mlp import build
-
 _log = logging.getLogger("megasparse.mlp")
 
 ALIGNMENT = 8
@@ -28,6 +26,8 @@ def _library_problem(index: int) -> str | None:
     if capability != (9, 0):
         name = torch.cuda.get_device_name(index)
         return f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels are for 9.0 (Hopper)"
+    from megasparse.mlp import build  # not at the top: `python -m megasparse.mlp.build` runs that file
+
     try:
         build.load()
     except build.BuildError as error:
@@ -78,6 +78,12 @@ def register(forward: Any, backward: Any) -> None:
     backward.register_kernel("cuda")(_backward)
 
 
+def _load() -> None:
+    from megasparse.mlp import build
+
+    build.load()
+
+
 def _forward(
     x: Tensor,
     w_in: Tensor,
@@ -89,7 +95,7 @@ def _forward(
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
 ) -> list[Tensor]:
-    build.load()
+    _load()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         return torch.ops.megasparse_kernels.forward(x, w_in, w_down, token_mask, order, save, capacity, stream)
@@ -107,7 +113,7 @@ def _backward(
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    build.load()
+    _load()
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream

@@ -61,7 +61,7 @@ cudaError_t launch_expand(const ExpandParams& params, cudaStream_t stream);
 // flags[0] = row_ptr[Mp] > capacity, flags[1] = the opposite.
 cudaError_t launch_overflow_flags(const int64_t* row_ptr_end, int64_t capacity, int32_t* flags, cudaStream_t stream);
 
-// *out = values[0] + ... + values[*count - 1], always in the same order. count is on the device.
-cudaError_t launch_sum(const float* values, const int32_t* count, float* out, cudaStream_t stream);
+// *out = values[0] + ... + values[*count * scale - 1], always in the same order. count is on the device.
+cudaError_t launch_sum(const float* values, const int32_t* count, int scale, float* out, cudaStream_t stream);
 
 }  // namespace megasparse

@@ -1,0 +1,286 @@
+"""The CUDA kernels on a GPU of compute capability 9.0: exact for every pattern, repeatable, capturable."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megasparse.mlp import MainGrads, sparse_mlp
+from megasparse.mlp.cuda import device_reason
+from megasparse.mlp.synthetic import fit
+from tests.mlp.patterns import PATTERNS, Case, make_case, reference, relative_error
+
+DATA = Path(__file__).parent / "data" / "recorded.npz"
+L1_WEIGHT = 0.01
+NAMES = ("y", "l1", "dx", "dw_in", "dw_down")
+
+
+def _why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    return device_reason(torch.device("cuda"), torch.bfloat16, 64, 64)
+
+
+REASON = _why_not()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+def poison() -> None:
+    """Fill the memory that the next call will be given with NaN (bf16, fp32) or huge integers."""
+    held = [torch.full((1 << 26,), float("nan"), device="cuda") for _ in range(6)]
+    small = [torch.full((size,), float("nan"), device="cuda") for size in (1, 128, 4096, 1 << 16, 1 << 20) * 8]
+    del held, small
+
+
+def run(case: Case, path: str, **options: object) -> tuple[torch.Tensor, ...]:
+    """y, l1, dx, dw_in, dw_down and the statistics."""
+    x, w_in, w_down = (tensor.detach().clone().requires_grad_() for tensor in case[:3])
+    poison()
+    out = sparse_mlp(x, w_in, w_down, path=path, **options)
+    poison()
+    torch.autograd.backward([out.y, out.l1], [case.dy, torch.tensor(L1_WEIGHT, device="cuda")])
+    return (out.y.detach(), out.l1.detach(), x.grad, w_in.grad, w_down.grad, *out.stats)
+
+
+def check(case: Case, **options: object) -> None:
+    """All five outputs no further from fp64 than the dense bf16 path's, and the same statistics."""
+    wanted = reference(case, L1_WEIGHT, options.get("token_mask"))
+    dense, sparse = run(case, "dense", token_mask=options.get("token_mask")), run(case, "sparse", **options)
+    for name, a, b, expected in zip(NAMES, dense[:5], sparse[:5], wanted[:5], strict=True):
+        dense_error, sparse_error = relative_error(a, expected), relative_error(b, expected)
+        assert dense_error < 0.03, f"{name}: dense path {dense_error}"
+        assert sparse_error <= 1.1 * dense_error + 2e-4, f"{name}: sparse {sparse_error}, dense {dense_error}"
+        worst = (b.double() - expected).abs().max() if b.numel() else torch.zeros(())
+        dense_worst = (a.double() - expected).abs().max() if b.numel() else torch.zeros(())
+        scale = expected.abs().max() if b.numel() else torch.zeros(())
+        assert worst <= 1.5 * dense_worst + 4e-3 * scale, f"{name}: worst element {worst}, dense {dense_worst}"
+    # The two gate products may round differently at zero: a few neurons in a million may differ.
+    tokens, active, fired, union, tiles, tile_counts = sparse[5:]
+    assert tokens == dense[5]
+    assert abs(int(active) - int(dense[6])) <= 1e-4 * int(dense[6]) + 4
+    assert (fired != dense[7]).sum() <= 1e-3 * fired.numel() + 2
+    assert abs(int(union) - int(dense[8])) <= 1e-3 * int(dense[8]) + 4
+    assert tiles == dense[9]
+    assert tile_counts.sum() == union
+
+
+def cuda_case(*arguments: object, **keywords: object) -> Case:
+    return make_case(*arguments, **keywords).to(torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_adversarial_patterns(pattern: str, gated: bool) -> None:
+    check(cuda_case(700, 256, 1408, gated, pattern))
+
+
+@pytest.mark.parametrize("width", [64, 72, 512, 2048, 8192])
+def test_widths(width: int) -> None:
+    check(cuda_case(260, width, 704, True, "sparse"))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_shapes(data: st.DataObject) -> None:
+    tokens = data.draw(st.sampled_from([0, 1, 7, 128, 129, 4095]) | st.integers(1, 1500), "tokens")
+    hidden = data.draw(st.sampled_from([1, 64, 704, 1408, 5632, 5640]) | st.integers(1, 3000), "hidden")
+    width = 8 * data.draw(st.integers(1, 96), "width / 8")
+    gated = data.draw(st.booleans(), "gated")
+    case = cuda_case(tokens, width, hidden, gated, data.draw(st.sampled_from(PATTERNS), "pattern"))
+    options: dict[str, object] = {"capacity": data.draw(st.sampled_from([None, 0, tokens * hidden]), "capacity")}
+    generator = torch.Generator().manual_seed(tokens)
+    if data.draw(st.booleans(), "ordered"):
+        options["order"] = torch.randperm(hidden, generator=generator).int().cuda()
+    if data.draw(st.booleans(), "masked"):
+        options["token_mask"] = (torch.rand(tokens, generator=generator) > 0.3).cuda()
+    check(case, **options)
+
+
+def recorded(layer: str, width: int = 512, hidden: int = 5632) -> Case:
+    with np.load(DATA) as archive:
+        pattern = torch.from_numpy(np.unpackbits(archive[layer], axis=1)[:, :hidden].astype(bool))
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, w_gate = fit(pattern, width, generator)
+    tokens = x.shape[0]
+    w_up = torch.randn(hidden, width, device="cuda", generator=generator) / width**0.5
+    w_down = torch.randn(hidden, width, device="cuda", generator=generator) / hidden**0.5
+    dy = torch.randn(tokens, width, device="cuda", generator=generator)
+    case = Case(x, torch.cat([w_gate, w_up]), w_down, dy).to(torch.bfloat16, "cuda")
+    active = case.x @ case.w_in[:hidden].t() > 0
+    assert (active != pattern.cuda()).sum() < 0.02 * pattern.sum()
+    return case
+
+
+@pytest.mark.parametrize("layer", ["layer0", "layer2", "layer5", "layer7"])
+def test_recorded_patterns(layer: str) -> None:
+    case = recorded(layer)
+    frequency = (case.x @ case.w_in[: case.hidden].t() > 0).sum(0)
+    check(case, order=frequency.argsort(descending=True).int())
+    check(case, capacity=100)  # saved buffers far too small: computed again in the backward
+
+
+def test_a_full_tile_of_256_neurons() -> None:
+    case = make_case(300, 128, 1408, True, "all_off")
+    case.w_in[256:512, 0] = 40.0
+    check(case.to(torch.bfloat16, "cuda"))
+
+
+@pytest.mark.parametrize("capacity", [None, 0])
+def test_repeats_bitwise(capacity: int | None) -> None:
+    case = cuda_case(1000, 512, 2816, True, "sparse")
+    first = run(case, "sparse", capacity=capacity)
+    for _ in range(5):
+        for a, b in zip(first, run(case, "sparse", capacity=capacity), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_capacity_changes_no_bit() -> None:
+    case = cuda_case(1000, 512, 2816, True, "sparse")
+    for a, b in zip(run(case, "sparse", capacity=1000 * 2816), run(case, "sparse", capacity=5), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_and_infinity_propagate_as_in_dense() -> None:
+    case = cuda_case(300, 128, 704, True, "sparse")
+    case.x[3, 5] = torch.nan
+    case.x[140, 7] = torch.inf
+    dense, sparse = run(case, "dense"), run(case, "sparse")
+    for name, a, b in zip(NAMES, dense[:5], sparse[:5], strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+
+
+def test_no_tokens() -> None:
+    case = cuda_case(0, 64, 128, True, "random")
+    y, l1, dx, dw_in, dw_down, *_ = run(case, "sparse")
+    assert y.shape == dx.shape == (0, 64)
+    assert l1 == 0
+    assert not dw_in.any()
+    assert not dw_down.any()
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_main_gradients_accumulate(path: str) -> None:
+    case = cuda_case(700, 256, 1408, True, "sparse")
+    wanted = reference(case, L1_WEIGHT)
+    x, w_in, w_down = (tensor.clone().requires_grad_() for tensor in case[:3])
+    start = [
+        torch.randn_like(w_in.detach(), dtype=torch.float32),
+        torch.randn_like(w_down.detach(), dtype=torch.float32),
+    ]
+    main = MainGrads(*(tensor.clone() for tensor in start))
+    outs = [sparse_mlp(x, w_in, w_down, path=path, main_grads=main) for _ in range(3)]
+    for out in outs:
+        torch.autograd.backward([out.y, out.l1], [case.dy, torch.tensor(L1_WEIGHT, device="cuda")])
+    assert w_in.grad is None
+    for name in ("w_in", "w_down"):
+        added = (getattr(main, name) - start[name == "w_down"]).double()
+        assert relative_error(added / 3, getattr(wanted, f"d{name}")) < 0.01, name
+
+
+def test_graph_of_forward_and_backward_replays() -> None:
+    case = cuda_case(700, 256, 1408, True, "sparse")
+    leaves = [tensor.clone().requires_grad_() for tensor in case[:3]]
+    upstream = torch.tensor(L1_WEIGHT, device="cuda")
+
+    def step() -> list[torch.Tensor]:
+        out = sparse_mlp(*leaves, path="sparse", capacity=700 * 200)
+        return [out.y, out.l1, *torch.autograd.grad([out.y, out.l1], leaves, [case.dy, upstream]), *out.stats]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):  # other data, other patterns, one graph
+        other = cuda_case(700, 256, 1408, True, "sparse" if seed == 1 else "random", seed=seed)
+        with torch.no_grad():
+            for leaf, value in zip(leaves, other[:3], strict=True):
+                leaf.copy_(value)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for a, b in zip(replayed, step(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_runs_on_a_side_stream_without_synchronising() -> None:
+    case = cuda_case(700, 256, 1408, True, "sparse")
+    wanted = run(case, "sparse")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            leaves = [tensor.detach().clone().requires_grad_() for tensor in case[:3]]
+            upstream = torch.full((), L1_WEIGHT, device="cuda")
+            out = sparse_mlp(*leaves, path="sparse")
+            gradients = torch.autograd.grad([out.y, out.l1], leaves, [case.dy, upstream])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    for a, b in zip(gradients, wanted[2:5], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiles_and_recomputes() -> None:
+    case = cuda_case(300, 128, 704, True, "sparse")
+    wanted = run(case, "sparse")
+    leaves = [tensor.clone().requires_grad_() for tensor in case[:3]]
+    compiled = torch.compile(lambda *inputs: sparse_mlp(*inputs, path="sparse")[:2], fullgraph=True)
+    for function in (
+        compiled,
+        lambda *inputs: torch.utils.checkpoint.checkpoint(compiled, *inputs, use_reentrant=False),
+    ):
+        y, l1 = function(*leaves)
+        gradients = torch.autograd.grad([y, l1], leaves, [case.dy, torch.tensor(L1_WEIGHT, device="cuda")])
+        for a, b in zip([y, l1, *gradients], wanted[:5], strict=True):
+            assert torch.equal(a.detach(), b)
+
+
+def test_dense_path_counts_as_the_pytorch_one() -> None:
+    case = cuda_case(300, 128, 704, True, "sparse")
+    mask = torch.arange(300, device="cuda") % 3 > 0
+    on_gpu = run(case, "dense", token_mask=mask)
+    with torch.no_grad():
+        on_cpu = sparse_mlp(*(tensor.cpu() for tensor in case[:3]), token_mask=mask.cpu())
+    assert relative_error(on_gpu[0].cpu(), on_cpu.y) < 1e-2
+    assert relative_error(on_gpu[1].cpu(), on_cpu.l1) < 1e-3
+    assert on_gpu[5] == on_cpu.stats.tokens == mask.sum()
+    assert abs(int(on_gpu[6]) - int(on_cpu.stats.active)) <= 3
+
+
+SANITIZED = """
+import torch
+from megasparse.mlp import sparse_mlp
+from tests.mlp.patterns import make_case
+for gated in (True, False):
+    case = make_case(200, 64, 130, gated, "sparse").to(torch.bfloat16, "cuda")
+    leaves = [tensor.requires_grad_() for tensor in case[:3]]
+    order = torch.randperm(130).int().cuda()
+    for capacity in (None, 3):
+        out = sparse_mlp(*leaves, path="sparse", order=order, capacity=capacity)
+        torch.autograd.grad([out.y, out.l1], leaves, [case.dy, torch.ones((), device="cuda")])
+torch.cuda.synchronize()
+print("finished")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).is_file():
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", SANITIZED]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=280)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this machine")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "finished" in done.stdout
