@@ -51,15 +51,20 @@ def partial_directory(root: Path, step: int) -> Path:
     return path
 
 
-def publish(partial: Path, step: int) -> Path:
-    """Completes a written checkpoint: manifest, flush, rename, `latest`. Returns its final path."""
-    root = partial.parent
-    written = [file for file in sorted(partial.rglob("*")) if file.is_file()]
-    files = {str(file.relative_to(partial)): file.stat().st_size for file in written}
-    _write_and_flush(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
+def seal(directory: Path, step: int) -> None:
+    """Ends the writing of a checkpoint: manifest, flush."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
+    _write_and_flush(directory / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
     for name in files:
-        _flush(partial / name)
-    _flush(partial)
+        _flush(directory / name)
+    _flush(directory)
+
+
+def publish(partial: Path, step: int) -> Path:
+    """Completes a written checkpoint: `seal`, rename, `latest`. Returns its final path."""
+    root = partial.parent
+    seal(partial, step)
     final = root / checkpoint_name(step)
     if final.exists():  # a damaged one, or one of a run that was rolled back
         _remove(final)
