@@ -57,7 +57,7 @@ def sparse_mlp(
     if path == "sparse" and (reason := unsupported_reason(tokens, w_in, w_down)) is not None:
         note_dense(reason)
         path = "dense"
-    if path == "sparse":
+    if path == "sparse" and tokens.shape[0] > 0:
         if capacity is None:
             capacity = -(-tokens.shape[0] * w_down.shape[0] // 16)
         y, l1, counts, fired, tile_counts, *_ = sparse_forward(
