@@ -154,11 +154,10 @@ def _gpu(index: int) -> Check:
 
     properties = torch.cuda.get_device_properties(index)
     name = f"GPU {index}"
-    found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {properties.major}.{properties.minor}"
+    capability = f"{properties.major}.{properties.minor}"
+    found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {capability}"
     if (properties.major, properties.minor) < (8, 0):
-        return Check(
-            name, "fail", found, "no bf16 tensor cores: bf16 training is unusably slow", "use an Ampere or newer"
-        )
+        return Check(name, "fail", found, "no bf16 tensor cores: unusably slow", "use an Ampere or newer GPU")
     rate, peak = _product_rate(index), peak_bf16_flops(properties.name)
     found += f", {rate / 1e12:.0f} TFLOP/s in a bf16 product"
     if peak is not None and rate < _SLOW_SHARE * peak:

@@ -28,7 +28,9 @@ class Problem:
 class ConfigError(Exception):
     """A configuration cannot be used. Holds every problem that was found, not only the first."""
 
-    def __init__(self, problems: list[Problem] | str) -> None:
+    def __init__(self, problems: list[Problem] | str, host_specific: bool = False) -> None:
+        """`host_specific`: other ranks of the job may not have the problem (files that one host lacks)."""
+        self.host_specific = host_specific
         self.problems = [Problem("config", problems)] if isinstance(problems, str) else list(problems)
         count = len(self.problems)
         head = "" if count == 1 else f"{count} problems in the configuration\n"

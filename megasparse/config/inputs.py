@@ -1,52 +1,77 @@
-"""Whether the files that a run reads are there."""
+"""Whether the files that a run reads are there and belong together."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megasparse.config.errors import ConfigError, Problem
 from megasparse.config.schema import Config
 
 
 def check_files(cfg: Config) -> None:
-    """What a run reads must be there. Raises ConfigError naming what is not."""
-    problems = []
+    """Data, tokenizer and checkpoint must be there, and the data made with that tokenizer.
+
+    Raises ConfigError naming what is not so. Data sets of other tools, without the `.json` that `megasparse
+    preprocess` writes beside them, are taken as they are.
+    """
+    problems = [*_missing_files(cfg)]
+    if not problems:
+        problems += _foreign_tokens(cfg)
+    if problems:
+        raise ConfigError(problems, host_specific=True)
+
+
+def _missing_files(cfg: Config) -> Iterator[Problem]:
+    here = f"(working directory: {Path.cwd()})"
     if not cfg.data.prefixes:
-        problems.append(
-            Problem(
-                "data.blend",
-                "a run needs data, and neither data.blend nor data.train is given",
-                "write one with `megasparse preprocess` and set data.blend to its --output",
-            )
+        yield Problem(
+            "data.blend",
+            "a run needs data, and neither data.blend nor data.train is given",
+            "write one with `megasparse preprocess` and set data.blend to its --output",
         )
     for prefix in cfg.data.prefixes:
         missing = [prefix + end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
         if missing:
-            problems.append(
-                Problem(
-                    "data",
-                    f"no file {' and no file '.join(missing)} (working directory: {Path.cwd()})",
-                    "write it with `megasparse preprocess`; prefixes are without .bin/.idx",
-                    prefix,
-                )
-            )
+            fix = "write it with `megasparse preprocess`; prefixes are without .bin/.idx"
+            yield Problem("data", f"no file {' and no file '.join(missing)} {here}", fix, prefix)
     if cfg.data.tokenizer and not Path(cfg.data.tokenizer).exists():
-        problems.append(
-            Problem(
-                "data.tokenizer",
-                f"no such file (working directory: {Path.cwd()})",
-                "give a tokenizer.json or a Hugging Face tokenizer directory",
-                cfg.data.tokenizer,
-            )
-        )
+        fix = "give a tokenizer.json or a Hugging Face tokenizer directory"
+        yield Problem("data.tokenizer", f"no such file {here}", fix, cfg.data.tokenizer)
     if cfg.checkpoint.load and not Path(cfg.checkpoint.load).exists():
-        problems.append(
-            Problem(
-                "checkpoint.load",
-                f"no such path (working directory: {Path.cwd()})",
-                "give a checkpoint or run directory",
-                cfg.checkpoint.load,
-            )
-        )
-    if problems:
-        raise ConfigError(problems)
+        fix = "give a checkpoint or run directory"
+        yield Problem("checkpoint.load", f"no such path {here}", fix, cfg.checkpoint.load)
+
+
+def _description(prefix: str) -> dict[str, Any]:
+    try:
+        data = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _foreign_tokens(cfg: Config) -> Iterator[Problem]:
+    described = {prefix: _description(prefix) for prefix in cfg.data.prefixes}
+    for prefix, description in described.items():
+        size = description.get("vocab_size")
+        if isinstance(size, int) and cfg.model.vocab_size is not None and size > cfg.model.vocab_size:
+            rule = f"the data {prefix} has tokens of a vocabulary of {size}"
+            yield Problem("model.vocab_size", rule, f"set at least {size}", cfg.model.vocab_size)
+    made_with = {prefix: d["tokenizer_fingerprint"] for prefix, d in described.items() if "tokenizer_fingerprint" in d}
+    if not made_with:
+        return
+    wanted = next(iter(made_with.values()))
+    which = f"the tokenizer of {next(iter(made_with))}"
+    if cfg.data.tokenizer:
+        from megasparse.data.tokenizer import load_tokenizer  # a leaf of the package
+
+        first = described[next(iter(made_with))]
+        wanted = load_tokenizer(cfg.data.tokenizer, first.get("eod_token")).fingerprint
+        which = f"data.tokenizer = {cfg.data.tokenizer}"
+    for prefix, fingerprint in made_with.items():
+        if fingerprint != wanted:
+            rule = f"made with another tokenizer ({described[prefix].get('tokenizer')}) than {which}"
+            yield Problem("data", rule, "tokenise it again, or name the right data.tokenizer", prefix)

@@ -313,6 +313,7 @@ def _describe(
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod if options.append_eod else None,
+        "eod_token": tokenizer.eod_token,
         "tokenizer": result.tokenizer,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "inputs": list(options.inputs),

@@ -1,0 +1,300 @@
+"""Preprocessing: exact round trips through Megatron's reader, damaged inputs, interruptions, worker counts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megasparse.data.documents import find_files, read_documents
+from megasparse.data.errors import DataError
+from megasparse.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
+from megasparse.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+
+TEXTS = [
+    "def f(x):\n    return x + 1\n",
+    "  leading space, trailing tab\t",
+    "Ünïcödé, 中文, 🙂, a combining e\u0301, a null \x00, a carriage return \r\n",
+    "a document that forges its end: <|endoftext|> and goes on",
+    "x",
+    "the quick brown fox " * 50,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return train_tokenizer(iter(TEXTS * 4), 400, tmp_path_factory.mktemp("tokenizer"))
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def read_back(prefix: Path) -> list[np.ndarray]:
+    """Documents as Megatron reads them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    assert list(dataset.document_indices) == list(range(len(dataset) + 1)), "one sequence a document"
+    return [np.array(dataset[i]) for i in range(len(dataset))]  # copies: the file is unmapped with the dataset
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_round_trip_is_byte_exact(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [*TEXTS, ""])
+    prefix = tmp_path / "out" / "data"
+    result = preprocess(PreprocessOptions([str(source)], prefix, tokenizer=tokenizer.path))
+    documents = read_back(prefix)
+    assert all(document[-1] == tokenizer.eod for document in documents)
+    assert [tokenizer.decode(document[:-1]) for document in documents] == TEXTS
+    assert tokenizer.eod not in np.concatenate([document[:-1] for document in documents]), "a text forged an end"
+    assert (result.documents, result.empty) == (len(TEXTS), 1)
+    assert result.tokens == sum(len(document) for document in documents)
+    described = json.loads(Path(f"{prefix}.json").read_text())
+    assert described["tokens"] == result.tokens
+    assert described["documents"] == len(TEXTS)
+    assert described["vocab_size"] == tokenizer.vocab_size
+    assert described["dtype"] == "uint16"
+    assert sorted(os.listdir(prefix.parent)) == ["data.bin", "data.idx", "data.json"]
+
+
+def test_without_end_of_document(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    preprocess(PreprocessOptions([str(source)], tmp_path / "d", tokenizer=tokenizer.path, append_eod=False))
+    assert [tokenizer.decode(document) for document in read_back(tmp_path / "d")] == TEXTS
+
+
+def test_every_format_gives_the_same_tokens(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    texts = [text for text in TEXTS if "\r" not in text]
+    inputs = {"jsonl": [write_jsonl(tmp_path / "a.jsonl", texts)]}
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(inputs["jsonl"][0].read_bytes()))
+    inputs["gz"] = [packed]
+    table = pa.table({"text": pa.array(texts), "n": pa.array(range(len(texts)))})
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=2)
+    inputs["parquet"] = [tmp_path / "c.parquet"]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_bytes(text.encode())
+    (folder / "not-text.png").write_bytes(b"\xff\xfe")
+    inputs["txt"] = [folder]
+    written = {}
+    for name, files in inputs.items():
+        preprocess(PreprocessOptions([str(f) for f in files], tmp_path / f"out-{name}", tokenizer=tokenizer.path))
+        written[name] = [(tmp_path / f"out-{name}{end}").read_bytes() for end in (".bin", ".idx")]
+    assert all(pair == written["jsonl"] for pair in written.values())
+
+
+def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
+    texts = [f"document {i}: " + "lorem ipsum dolor sit amet " * (i % 13) for i in range(3500)]
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    outputs = []
+    for workers in (1, 2):
+        folder = tmp_path / f"workers-{workers}"
+        calls: list[int] = []
+
+        def progress(phase: str, read: int, total: int, _: PreprocessResult, calls: list[int] = calls) -> None:
+            if phase == "tokens":
+                assert total == source.stat().st_size
+                calls.append(read)
+
+        options = PreprocessOptions([str(source)], folder / "data", train_vocab_size=300, workers=workers)
+        result = preprocess(options, progress)
+        assert result.documents == len(texts)
+        assert len(calls) > 2
+        assert calls == sorted(calls)
+        assert calls[-1] == source.stat().st_size
+        outputs.append(contents(folder))
+    different = [name for name in outputs[0] if outputs[0][name] != outputs[1][name]]
+    assert different == ["data.json"], "only the path of the tokenizer differs"
+    assert outputs[0].keys() == outputs[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "workers"),
+    [
+        (b'{"text": "cut off', "not valid JSON", 1),
+        (b'{"body": "no text"}', "the key 'text' is missing (keys: body)", 1),
+        (b'{"text": 7}', "the key 'text' is a int, not a string", 1),
+        (b'["text"]', "a JSON list, not an object", 2),
+        (b'{"text": "\xff"}', "not valid JSON", 1),
+    ],
+)
+def test_damaged_line_is_named(
+    tmp_path: Path, tokenizer: TextTokenizer, line: bytes, message: str, workers: int
+) -> None:
+    good = json.dumps({"text": "fine"}).encode()
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n".join([good, b"", good, line, good]) + b"\n")
+    before = contents(tmp_path)
+    options = PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path, workers=workers)
+    with pytest.raises(DataError) as caught:
+        preprocess(options)
+    assert f"{source}:4: " in str(caught.value)
+    assert message in str(caught.value)
+    assert "--skip-damaged" in str(caught.value)
+    assert contents(tmp_path) == before
+    skipping = PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path, skip_damaged=True)
+    result = preprocess(skipping)
+    assert result.documents == 3
+    assert len(result.damaged) == 1
+    assert f"{source}:4" in result.damaged[0]
+
+
+def test_damaged_parquet_and_text(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    def run(name: str) -> str:
+        with pytest.raises(DataError) as caught:
+            preprocess(PreprocessOptions([str(tmp_path / name)], tmp_path / "data", tokenizer=tokenizer.path))
+        assert not list(tmp_path.glob("data*"))
+        return str(caught.value)
+
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "column.parquet")
+    assert "no column 'text' (columns: body)" in run("column.parquet")
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    assert "holds int64, not strings" in run("numbers.parquet")
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    assert "null.parquet, row 2: 'text' is null" in run("null.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "null.parquet").read_bytes()[:-20])
+    assert "cut.parquet: not a Parquet file" in run("cut.parquet")
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    assert "latin.txt: not UTF-8 (byte 2" in run("latin.txt")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 100)[:-12])
+    assert "cut.jsonl.gz: cannot be read" in run("cut.jsonl.gz")
+    assert "absent.txt: no such file or folder" in run("absent.txt")
+    (tmp_path / "empty.txt").write_text("")
+    assert "no text in" in run("empty.txt")
+
+
+def test_existing_output_is_kept(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["first"])
+    options = PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path)
+    preprocess(options)
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match="already there"):
+        preprocess(options)
+    assert contents(tmp_path) == before
+    write_jsonl(source, ["second", "third"])
+    preprocess(PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path, overwrite=True))
+    texts = [tokenizer.decode(document[:-1]) for document in read_back(tmp_path / "data")]
+    assert texts == ["second", "third"]
+
+
+def test_failed_overwrite_keeps_the_old_data(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["first"])
+    preprocess(PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path))
+    source.write_text('{"text": "second"}\nbroken\n')
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"in\.jsonl:2"):
+        preprocess(PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path, overwrite=True))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_interruption_leaves_nothing_half_written(tmp_path: Path, tokenizer: TextTokenizer, how: int) -> None:
+    # 40 MB, seconds of work: the signal comes in the middle.
+    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 10_000] * 400)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "megasparse", "preprocess", str(source), "--output", str(output / "data"),
+               "--tokenizer", tokenizer.path, "--workers", "1"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in output.glob(".data.partial-*/data.bin")):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    process.wait(timeout=30)
+    process.stderr.close()
+    assert process.returncode != 0
+    assert list(output.glob("data*")) == []
+    if how == signal.SIGKILL:
+        write_jsonl(source, ["after the kill"])
+        preprocess(PreprocessOptions([str(source)], output / "data", tokenizer=tokenizer.path))
+        assert sorted(os.listdir(output)) == ["data.bin", "data.idx", "data.json"], "remains were cleared away"
+    else:
+        assert list(output.iterdir()) == []
+
+
+def test_tokenizer_loads_from_every_form(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    folder = Path(tokenizer.path)
+    for path in (folder, folder / "tokenizer.json"):
+        again = load_tokenizer(str(path))
+        assert again.fingerprint == tokenizer.fingerprint
+        assert (again.eod, again.vocab_size) == (tokenizer.eod, tokenizer.vocab_size)
+        assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    hugging_face = AutoTokenizer.from_pretrained(str(folder))
+    assert hugging_face.eos_token_id == tokenizer.eod
+    assert hugging_face.encode(TEXTS[0], add_special_tokens=False) == tokenizer.encode_batch([TEXTS[0]])[0]
+    # A GPT-2 folder of the old form: vocab.json and merges.txt alone.
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    old = tmp_path / "gpt2"
+    old.mkdir()
+    (old / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (old / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]))
+    (old / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (old / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    assert load_tokenizer(str(old)).encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+
+
+def test_tokenizer_mistakes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(DataError, match="no token '<end>'"):
+        load_tokenizer(tokenizer.path, "<end>")
+    with pytest.raises(DataError, match="at least 257"):
+        train_tokenizer(iter(["a"]), 256, tmp_path / "small")
+    source = write_jsonl(tmp_path / "in.jsonl", ["text"])
+    (tmp_path / "data-tokenizer").mkdir()
+    with pytest.raises(DataError, match="data-tokenizer: already there"):
+        preprocess(PreprocessOptions([str(source)], tmp_path / "data", train_vocab_size=300))
+    with pytest.raises(DataError, match="not a tokenizer"):  # never deletes a folder of something else
+        preprocess(PreprocessOptions([str(source)], tmp_path / "data", train_vocab_size=300, overwrite=True))
+    with pytest.raises(DataError, match="either --tokenizer"):
+        preprocess(PreprocessOptions([str(source)], tmp_path / "data"))
+
+
+def test_folders_are_filtered_and_ordered(tmp_path: Path) -> None:
+    for name in ("b.py", "a.py", "sub/c.py", "sub/test/d.py", "e.txt", "notes.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    folder = [str(tmp_path)]
+
+    def names(**options: object) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in find_files(folder, **options)]  # type: ignore[arg-type]
+
+    assert names() == ["e.txt"]
+    assert names(include=["*.py"]) == ["a.py", "b.py", "sub/c.py", "sub/test/d.py"]
+    assert names(include=["*.py"], exclude=["test", "b.*"]) == ["a.py", "sub/c.py"]
+    shuffled = names(include=["*.py"], shuffle_seed=1)
+    assert shuffled == names(include=["*.py"], shuffle_seed=1) != names(include=["*.py"])
+    assert sorted(shuffled) == names(include=["*.py"])
+    with pytest.raises(DataError, match=r"matches \*\.rs"):
+        names(include=["*.rs"])
+
+
+def test_text_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("one\n\ntwo\r\nthree")
+    records = list(read_documents(path, per_line=True))
+    assert [record.raw for record in records] == ["one", "two", "three"]
+    assert [record.where for record in records] == [f"{path}:1", f"{path}:3", f"{path}:4"]
