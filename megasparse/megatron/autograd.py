@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class AttachL1(torch.autograd.Function):
-    """Returns `y` unchanged; its backward gives `l1` the gradient `scale` and calls `on_backward` once.
+    """Returns `y` unchanged; its backward gives `l1` the gradient `scale` and calls `on_backward`.
 
     The L1 term so enters the backward of any loss that `y` leads to, without a change to the loss function
     (Megatron's `MoEAuxLossAutoScaler` does the same for mixtures of experts). Recomputation of activations runs the
@@ -18,7 +18,7 @@ class AttachL1(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, l1: Tensor, scale: Tensor, on_backward: Callable[[], None]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, l1: Tensor, scale: Tensor, on_backward: Callable[[], None] | None) -> Tensor:
         """y [...], l1 fp32 [], scale fp32 []."""
         ctx.save_for_backward(scale)
         ctx.on_backward = on_backward
@@ -28,7 +28,8 @@ class AttachL1(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         (scale,) = ctx.saved_tensors
-        ctx.on_backward()
+        if ctx.on_backward is not None:
+            ctx.on_backward()
         return grad_y, scale.to(ctx.dtype), None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -138,15 +139,12 @@ class SparseMLP(MegatronModule):
             main_grads=main_grads,
         )
         y = out.y
-        training = self.training
-
-        def count() -> None:
-            self.recorder.add(out.stats, out.l1, training=training)
-
+        # Counted once whatever is recomputed: in training in the backward, which alone runs once; else here.
+        if not self.training:
+            self.recorder.add(out.stats, out.l1, training=False)
         if torch.is_grad_enabled() and y.requires_grad:
+            count = partial(self.recorder.add, out.stats, out.l1.detach()) if self.training else None
             y = AttachL1.apply(y, out.l1, self._l1_scale(out.stats.tokens), count)
-        elif not training:
-            count()  # validation; a first forward before recomputation is in training mode
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(y, group=self.tp_group), None

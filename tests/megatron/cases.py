@@ -215,14 +215,15 @@ def gradients(config: dict[str, Any], model: dict[str, Any], step: dict[str, Any
     return loss, tiny.shards(gradients=True)
 
 
-def statistics(config: dict[str, Any], model: dict[str, Any], step: dict[str, Any], eval_mode: bool = False) -> Any:
-    """One forward and backward: per sparse MLP (layer_index, tensor-parallel rank, its sums)."""
+def statistics(config: dict[str, Any], model: dict[str, Any], step: dict[str, Any], eval_mode: bool, no_grad: bool) -> Any:
+    """One global batch: per sparse MLP (layer_index, tensor-parallel rank, its sums)."""
     cfg = make_config(**config)
     start(cfg)
     tiny = Model(cfg, **model)
     for chunk in tiny.ddp:
         chunk.train(not eval_mode)
-    tiny.forward_backward(**step)
+    with torch.set_grad_enabled(not no_grad):
+        tiny.forward_backward(**step)
     return [
         (
             mlp.layer_index,

@@ -80,21 +80,23 @@ def test_loss_scale(per_token: bool) -> None:
 def test_statistics_count_every_token_once(layout: str, recompute: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = {**parallel, **(RECOMPUTE[recompute] if recompute != "none" else {})}
-    _check_statistics(ranks, parallel, config, {"masked": True}, eval_mode=False)
+    _check_statistics(ranks, parallel, config, {"masked": True}, eval_mode=False, no_grad=False)
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2-sp-pp2"])
 @pytest.mark.parametrize("recompute", ["none", "mlp"])
-def test_statistics_of_validation(layout: str, recompute: str) -> None:
+@pytest.mark.parametrize("no_grad", [True, False])
+def test_statistics_of_validation(layout: str, recompute: str, no_grad: bool) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = {**parallel, **(RECOMPUTE[recompute] if recompute != "none" else {})}
-    _check_statistics(ranks, parallel, config, {"masked": True, "forward_only": True}, eval_mode=True)
+    _check_statistics(ranks, parallel, config, {"masked": True, "forward_only": True}, eval_mode=True, no_grad=no_grad)
 
 
 def _check_statistics(
-    ranks: int, parallel: dict[str, Any], config: dict[str, Any], step: dict[str, Any], eval_mode: bool
+    ranks: int, parallel: dict[str, Any], config: dict[str, Any], step: dict[str, Any], eval_mode: bool, no_grad: bool
 ) -> None:
-    results = run_distributed(ranks, "tests.megatron.cases:statistics", config, {"coeff": COEFF}, step, eval_mode)
+    target = "tests.megatron.cases:statistics"
+    results = run_distributed(ranks, target, config, {"coeff": COEFF}, step, eval_mode, no_grad)
     _, expected = oracle(masked=True)
     tensor = parallel.get("parallel__tensor", 1)
     for index, want in enumerate(expected):
