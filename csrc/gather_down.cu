@@ -4,8 +4,8 @@
 // that dx is rounded once). A: 16 KB blocks copied as they are by cp.async.bulk. B: 64 gathered weight rows x 512 bytes by
 // cp.async, used as MN-major operand. Units are claimed from a counter, largest union first.
 //
-//   threads     384: gather warpgroup (56 registers), two consumer warpgroups of 64 x 256 (224 registers)
-//   shared      4 stages x 48 KB + 18 KB epilogue staging
+//   threads     384: gather warpgroup (72 registers), two consumer warpgroups of 64 x 256 (216 registers)
+//   shared      4 stages x 48 KB + 18 KB epilogue staging + 2 KB row lists
 //   FLOPs       2 * 128 * D * (sum over tiles of 64 ceil(U / 64)) per product
 //   L2 -> SM    48 KB per 4.2 MFLOP (85 FLOP/B); unique device-memory traffic: A once, W once (L2), out once
 //   bound       tensor cores, then L2 -> SM bytes (7 TB/s needed at 75 % of cuBLAS's rate)
@@ -20,6 +20,10 @@ namespace {
 constexpr int kStages = 4;
 constexpr int kStageBytes = kABytes + kBBytes;
 constexpr int kThreads = 384;
+constexpr int kGatherWarps = 4;
+constexpr int kRowsPerWarp = kTileK / kGatherWarps;
+constexpr int kLists = 12;      // ring of row lists
+constexpr int kListsAhead = 8;
 
 struct alignas(16) Work {
   int tile;  // negative: no more work
@@ -28,15 +32,32 @@ struct alignas(16) Work {
   int ksteps;  // of one product
 };
 
-constexpr int kReaders = 4 + kConsumerWarps;  // warps that read a work slot
-
 struct Shared {
+  int32_t rows[kLists][kTileK];
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  ListSlots<kLists> lists;
   WorkSlots<Work> work;
 };
 constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kConsumerWarps * kEpilogueWarpBytes + sizeof(Shared);
 static_assert(kSharedBytes <= 232448, "shared memory of one block");
+
+struct KernelParams {
+  const uint8_t* a0;
+  const uint8_t* a1;
+  const uint4* w0;
+  const uint4* w1;
+  const int32_t* rows;  // [Mt, stride] weight rows
+  const int32_t* block_ptr;
+  const int32_t* tile_order;
+  int32_t* counter;
+  __nv_bfloat16* out;
+  int64_t m;
+  int64_t d;
+  int64_t stride;
+  int columns;
+  int units;
+};
 
 // Claims the next unit in small steps, one a k-step of the running unit, so that no latency of the chain
 // counter -> tile -> block range is waited for.
@@ -45,13 +66,15 @@ struct Claim {
   int unit = 0;
   Work next = {};
 
-  __device__ __forceinline__ void advance(const GatherDownParams& p, int units, int columns, WorkSlots<Work>& slots,
-                                          hopper::RingState<kWorkSlots>& ring) {
+  template <class Feeder>
+  __device__ __forceinline__ void advance(const KernelParams& p, WorkSlots<Work>& slots,
+                                          hopper::RingState<kWorkSlots>& ring, Feeder& feeder) {
     if (step == 0) {
       unit = gridDim.x + atomicAdd(p.counter, 1);
     } else if (step == 1) {
-      next.tile = unit < units ? __ldg(p.tile_order + unit / columns) : -1;
-      next.column = unit % columns * kTileN;
+      next.tile = unit < p.units ? __ldg(p.tile_order + unit / p.columns) : -1;
+      next.column = unit % p.columns * kTileN;
+      next.ksteps = 0;
     } else if (step == 2) {
       if (next.tile >= 0) {
         next.block = __ldg(p.block_ptr + next.tile);
@@ -59,32 +82,30 @@ struct Claim {
       }
     } else if (step == 3) {
       post_work(slots, ring, next);
+      feeder.announce(next, next.ksteps * (p.a1 != nullptr ? 2 : 1));
     }
     ++step;
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const GatherDownParams p) {
+__global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ uint8_t raw[];
-  const uint32_t raw_address = hopper::smem_addr(raw);
-  uint8_t* stages = raw + (1024 - (raw_address & 1023)) % 1024;
+  uint8_t* stages = raw + (1024 - (hopper::smem_addr(raw) & 1023)) % 1024;
   uint8_t* epilogue = stages + kStages * kStageBytes;
   Shared& sh = *reinterpret_cast<Shared*>(epilogue + kConsumerWarps * kEpilogueWarpBytes);
 
   const int warpgroup = threadIdx.x / 128;
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
-  const int columns = static_cast<int>((p.d + kTileN - 1) / kTileN);
-  const int tiles = static_cast<int>((p.m + kTileM - 1) / kTileM);
-  const int units = tiles * columns;
   const int products = p.a1 != nullptr ? 2 : 1;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      hopper::mbarrier_init(&sh.full[s], 1 + 128);  // A's byte count, the gather threads
+      hopper::mbarrier_init(&sh.full[s], 1 + kGatherWarps * 32);  // A's byte count, the gather threads
       hopper::mbarrier_init(&sh.empty[s], kConsumerWarps);
     }
-    init_work(sh.work, kReaders);
+    init_lists(sh.lists, kGatherWarps);
+    init_work(sh.work, kGatherWarps + kConsumerWarps);
     hopper::fence_mbarrier_init();
   }
   __syncthreads();
@@ -93,60 +114,62 @@ __global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const GatherDo
   hopper::RingState<kWorkSlots> work_ring;
 
   if (warpgroup == 0) {
-    hopper::setmaxnreg_decrease<56>();
+    hopper::setmaxnreg_decrease<72>();
     const bool leader = threadIdx.x == 0;
     Claim claim;
     hopper::RingState<kWorkSlots> post_ring;
+    ListFeeder<Work, kLists, kListsAhead> feeder;
+    hopper::RingState<kLists> list_ring;
+    const auto fetch = [&](const Work& work, int step, int slot, uint64_t* full) {
+      const int k = step < work.ksteps ? step : step - work.ksteps;
+      hopper::mbarrier_arrive_expect_tx(full, kTileK * 4);
+      hopper::bulk_load(sh.rows[slot], p.rows + work.tile * p.stride + k * kTileK, kTileK * 4, full);
+    };
     if (leader) {
       claim.unit = blockIdx.x;
-      for (claim.step = 1; claim.step < 4;) claim.advance(p, units, columns, sh.work, post_ring);
+      for (claim.step = 1; claim.step < 4;) claim.advance(p, sh.work, post_ring, feeder);
     }
     const uint32_t row16 = static_cast<uint32_t>(p.d / 8);
-    const uint32_t slab = hopper::smem_addr(stages) + kABytes + (lane / 8) * kSlabBytes + warp * 2048;
+    const uint32_t slab =
+        hopper::smem_addr(stages) + kABytes + (lane / 8) * kSlabBytes + warp * kRowsPerWarp * 128;
     while (true) {
       const Work work = take_work(sh.work, work_ring, lane);
       if (work.tile < 0) break;
       claim.step = 0;
       const bool in_range = work.column + lane * 8 < p.d;
       const int64_t piece = in_range ? work.column / 8 + lane : 0;
-      const int32_t* idx = p.union_idx + work.tile * p.union_stride + warp * 16 + lane;
       const int steps = work.ksteps * products;
-      // Weight row of the next step, position of the one after.
-      int position = lane < 16 && steps > 0 ? __ldg(idx) : -1;
-      int row = position >= 0 && p.order != nullptr ? __ldg(p.order + position) : position;
-      position = lane < 16 && steps > 1 ? __ldg(idx + (work.ksteps > 1 ? 64 : 0)) : -1;
       for (int s = 0; s < steps; ++s) {
-        if (leader && claim.step < 4) claim.advance(p, units, columns, sh.work, post_ring);
-        const int current = row;
-        row = position >= 0 && p.order != nullptr ? __ldg(p.order + position) : position;
-        int after = s + 2;
-        if (after < steps) {
-          while (after >= work.ksteps) after -= work.ksteps;
-          if (lane < 16) position = __ldg(idx + after * 64);
-        }
         const bool second = s >= work.ksteps;
-        const int k = second ? s - work.ksteps : s;
-        hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
         if (leader) {
-          const uint8_t* a = static_cast<const uint8_t*>(second ? p.a1 : p.a0);
+          if (claim.step < 4) claim.advance(p, sh.work, post_ring, feeder);
+          feeder.feed(sh.lists, fetch);
+          --feeder.lead;
+          hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
+          const int64_t block = work.block + (second ? s - work.ksteps : s);
           hopper::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kABytes);
-          hopper::bulk_load(stages + ring.stage * kStageBytes,
-                            a + static_cast<int64_t>(work.block + k) * kABytes, kABytes, &sh.full[ring.stage]);
+          hopper::bulk_load(stages + ring.stage * kStageBytes, (second ? p.a1 : p.a0) + block * kABytes, kABytes,
+                            &sh.full[ring.stage]);
         }
         __syncwarp();
-        const uint4* base = static_cast<const uint4*>(second ? p.w1 : p.w0) + piece;
-        gather_rows<16>(slab + ring.stage * kStageBytes, base, current, row16, in_range, lane);
+        hopper::mbarrier_wait(&sh.lists.full[list_ring.stage], list_ring.parity);
+        hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
+        gather_rows<kRowsPerWarp>(slab + ring.stage * kStageBytes, (second ? p.w1 : p.w0) + piece,
+                                  sh.rows[list_ring.stage] + warp * kRowsPerWarp, row16, in_range, lane);
         hopper::mbarrier_arrive_cp_async(&sh.full[ring.stage]);
+        if (lane == 0) hopper::mbarrier_arrive(&sh.lists.empty[list_ring.stage]);
+        list_ring.advance();
         ring.advance();
       }
       if (leader) {
-        while (claim.step < 4) claim.advance(p, units, columns, sh.work, post_ring);
+        while (claim.step < 4) claim.advance(p, sh.work, post_ring, feeder);
+        feeder.feed(sh.lists, fetch);
       }
       __syncwarp();
     }
     hopper::cp_async_wait_all();
   } else {
-    hopper::setmaxnreg_increase<224>();
+    hopper::setmaxnreg_increase<216>();
     const int half = warpgroup - 1;
     const uint32_t smem = hopper::smem_addr(stages);
     const uint64_t a_desc = hopper::wgmma_descriptor_k_major(smem + half * (kABytes / 2));
@@ -163,26 +186,59 @@ __global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const GatherDo
       }
       mma_unit<kStages, kStageBytes, false>(acc, steps, a_desc, b_desc, sh.full, sh.empty, ring, lane);
       const int64_t first_row = static_cast<int64_t>(work.tile) * kTileM + half * 64 + warp * 16;
-      __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out);
       store_bf16_tile(acc, staging, lane, work.column, p.d, [&](int r) {
-        return first_row + r < p.m ? out + (first_row + r) * p.d : nullptr;
+        return first_row + r < p.m ? p.out + (first_row + r) * p.d : nullptr;
       });
     }
   }
 }
 
+// Zeroes the work counter and, where positions are not weight rows already, looks the union's weight rows up.
+__global__ void __launch_bounds__(256) prepare_kernel(const int32_t* union_idx, const int32_t* order,
+                                                      const int32_t* block_ptr, int32_t* rows, int32_t* counter,
+                                                      int64_t stride) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
+  if (order == nullptr) return;
+  const int count = (block_ptr[blockIdx.x + 1] - block_ptr[blockIdx.x]) * kTileK;
+  const int64_t first = blockIdx.x * stride;
+  for (int i = threadIdx.x; i < count; i += 256) {
+    const int position = union_idx[first + i];
+    rows[first + i] = position >= 0 ? __ldg(order + position) : -1;
+  }
+}
+
 }  // namespace
 
-cudaError_t launch_gather_down(const GatherDownParams& p, cudaStream_t stream) {
+size_t gather_down_workspace_bytes(const GatherDownParams& p) {
+  const int64_t tiles = (p.m + kTileM - 1) / kTileM;
+  return 256 + (p.order != nullptr ? tiles * p.union_stride * sizeof(int32_t) : 0);
+}
+
+cudaError_t launch_gather_down(const GatherDownParams& p, void* workspace, cudaStream_t stream) {
   if (p.m <= 0 || p.d <= 0) return cudaSuccess;
   if (p.d % 8 != 0 || p.union_stride % 64 != 0) return cudaErrorInvalidValue;
-  cudaError_t error = cudaFuncSetAttribute(gather_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const int64_t tiles = (p.m + kTileM - 1) / kTileM;
+  KernelParams k = {};
+  k.a0 = static_cast<const uint8_t*>(p.a0);
+  k.a1 = static_cast<const uint8_t*>(p.a1);
+  k.w0 = static_cast<const uint4*>(p.w0);
+  k.w1 = static_cast<const uint4*>(p.w1);
+  k.counter = static_cast<int32_t*>(workspace);
+  k.rows = p.order != nullptr ? k.counter + 64 : p.union_idx;
+  k.block_ptr = p.block_ptr;
+  k.tile_order = p.tile_order;
+  k.out = static_cast<__nv_bfloat16*>(p.out);
+  k.m = p.m;
+  k.d = p.d;
+  k.stride = p.union_stride;
+  k.columns = static_cast<int>((p.d + kTileN - 1) / kTileN);
+  k.units = static_cast<int>(tiles) * k.columns;
+  prepare_kernel<<<p.order != nullptr ? static_cast<int>(tiles) : 1, 256, 0, stream>>>(
+      p.union_idx, p.order, p.block_ptr, k.counter + 64, k.counter, p.union_stride);
+  const cudaError_t error =
+      cudaFuncSetAttribute(gather_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  error = cudaMemsetAsync(p.counter, 0, sizeof(int32_t), stream);
-  if (error != cudaSuccess) return error;
-  const int64_t units = (p.m + kTileM - 1) / kTileM * ((p.d + kTileN - 1) / kTileN);
-  const int grid = static_cast<int>(units < p.sm_count ? units : p.sm_count);
-  gather_down_kernel<<<grid, kThreads, kSharedBytes, stream>>>(p);
+  gather_down_kernel<<<k.units < p.sm_count ? k.units : p.sm_count, kThreads, kSharedBytes, stream>>>(k);
   return cudaGetLastError();
 }
 

@@ -12,6 +12,7 @@
 
 #include "hopper/mbarrier.cuh"
 #include "hopper/copy.cuh"
+#include "hopper/copy_group.cuh"
 #include "hopper/store.cuh"
 #include "hopper/wgmma.cuh"
 
@@ -29,20 +30,24 @@ constexpr int kConsumerWarps = 8;
 constexpr int kEpiloguePitch = 144;
 constexpr int kEpilogueWarpBytes = 16 * kEpiloguePitch;
 
-// One warp's share of a gathered B stage: kRows k-rows of 512 bytes, one 16-byte piece a lane. Lane i < kRows holds `row` of
-// the i-th (negative = zeros). `base` points at the lane's first column in row 0, `row16` is the row stride in 16-byte
-// pieces, `in_range` says whether the lane's columns exist. `slab` is the shared address of the warp's first row in the
-// lane's slab (slab lane / 8); it is a multiple of 1024.
+// One warp's share of a gathered B stage: kRows k-rows of 512 bytes, one 16-byte piece a lane. `rows` (shared memory,
+// 16-byte aligned) lists the matrix rows, negative = zeros. `base` points at the lane's first column in row 0, `row16` is
+// the row stride in 16-byte pieces, `in_range` says whether the lane's columns exist. `slab` is the shared address of the
+// warp's first k-row in the lane's slab (slab lane / 8); it is a multiple of 1024.
 template <int kRows>
-__device__ __forceinline__ void gather_rows(uint32_t slab, const uint4* base, int row, uint32_t row16, bool in_range,
-                                            int lane) {
+__device__ __forceinline__ void gather_rows(uint32_t slab, const uint4* base, const int32_t* rows, uint32_t row16,
+                                            bool in_range, int lane) {
   const uint32_t chunk = (lane & 7) << 4;
-#pragma unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    const int r = __shfl_sync(0xffffffffu, row, i);
-    const bool valid = in_range && r >= 0;
-    const uint4* src = base + (valid ? static_cast<uint64_t>(static_cast<uint32_t>(r)) * row16 : 0);
-    hopper::cp_async_16(slab + i * 128 + (chunk ^ ((i & 7) << 4)), src, valid);
+#pragma unroll
+  for (int i = 0; i < kRows; i += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(rows + i);
+    const int row[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const bool valid = in_range && row[j] >= 0;
+      const uint4* src = base + (valid ? static_cast<uint64_t>(static_cast<uint32_t>(row[j])) * row16 : 0);
+      hopper::cp_async_16(slab + (i + j) * 128 + (chunk ^ (((i + j) & 7) << 4)), src, valid);
+    }
   }
 }
 

@@ -4,13 +4,13 @@
 //   gated dw_in   tile = 64 positions; A = [dg | du], 2 x 64 neurons, B = gathered rows of x
 //   dw_down       tile = 128 positions; A = h, B = gathered rows of dy     (non-gated dw_in: A = du, B = x, likewise)
 //
-// A is built in shared memory from the packed values: a thread owns one token's two lines of 64 neurons (128 bytes each),
-// copies their values (a contiguous run a line) to its own staging bytes with cp.async, then writes zeros and scatters by
-// the masks.
-// B: 64 gathered token rows x 512 bytes by cp.async. Both operands lie [k][128 bytes], that is MN-major.
+// A is built in shared memory from the packed values. The values of a line (one token's 64 neurons, 128 bytes) are a
+// contiguous run: a lane copies it to staging bytes with cp.async one k-step ahead. Then a warp writes a line at a time: each
+// lane owns two neurons, ranks them by the mask's bits below them, and stores a value or zero. No atomics, no divergence, the
+// same cost at any density. B: 64 gathered token rows x 512 bytes by cp.async. Both operands lie [k][128 bytes], MN-major.
 //
-//   threads     384: two gather and two build warps (56 registers), two consumer warpgroups of 64 x 256 (224)
-//   shared      3 stages x 48 KB + 36 KB staged values + 18 KB epilogue staging
+//   threads     384: four warps that gather and build (88 registers), two consumer warpgroups of 64 x 256 (208)
+//   shared      3 stages x 48 KB + 36 KB staged values + 18 KB lists + 18 KB epilogue staging
 //   FLOPs       2 * 128 * 256 * 64 a k-step; k-steps = ceil(D / 256) * (sum over tiles of ceil(tokens / 64))
 //   L2 -> SM    32 KB of B, 1-2 KB of rows and 32 B or more a run of values per 4.2 MFLOP (about 115 FLOP/B)
 //   bound       tensor cores, then gather bandwidth (x and dy are larger than L2)
@@ -29,21 +29,31 @@ namespace {
 constexpr int kStages = 3;
 constexpr int kStageBytes = kABytes + kBBytes;
 constexpr int kThreads = 384;
-constexpr int kReaders = 4 + kConsumerWarps;
-constexpr int kGatherWarps = 2;
+constexpr int kProducerWarps = 4;
+constexpr int kRowsPerWarp = kTileK / kProducerWarps;
+constexpr int kLists = 8;  // ring of list entries
+constexpr int kListsAhead = 5;
 
 // A run of up to 64 values, copied in 16-byte windows: 9 of them at worst.
 constexpr int kRunBytes = 144;
 constexpr int kRunBuffers = 2;
 
+// What one k-step needs to know of its 64 tokens.
+struct ListEntry {
+  int32_t tokens[kTileK];
+  TileRow rows[2][kTileK];
+};
+
 struct Shared {
+  ListEntry entries[kLists];
+  uint8_t runs[kRunBuffers][kProducerWarps][2][kRowsPerWarp][kRunBytes];
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  ListSlots<kLists> lists;
   WorkSlots<WgradJob> work;
   int last_chunk[2];
 };
-constexpr int kSharedBytes =
-    1024 + kStages * kStageBytes + kConsumerWarps * kEpilogueWarpBytes + kRunBuffers * 128 * kRunBytes + sizeof(Shared);
+constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kConsumerWarps * kEpilogueWarpBytes + sizeof(Shared);
 static_assert(kSharedBytes <= 232448, "shared memory of one block");
 
 struct Product {
@@ -68,14 +78,22 @@ struct KernelParams {
   WgradOutput output;
 };
 
+// Where a job's list entries are.
+struct ListCursor {
+  int product;
+  int tile;
+  int first;
+};
+
 // Claims the next job in small steps, one a k-step of the running job, so that no latency is waited for.
 struct Claim {
   int step = 3;
   int unit = 0;
   WgradJob next = {};
 
+  template <class Feeder>
   __device__ __forceinline__ void advance(const KernelParams& p, int units, WorkSlots<WgradJob>& slots,
-                                          hopper::RingState<kWorkSlots>& ring) {
+                                          hopper::RingState<kWorkSlots>& ring, Feeder& feeder) {
     if (step == 0) {
       unit = gridDim.x + atomicAdd(p.state + 1, 1);
     } else if (step == 1) {
@@ -84,17 +102,19 @@ struct Claim {
         next.column = unit % p.columns;
       } else {
         next.tile = -1;
+        next.ksteps = 0;
       }
     } else if (step == 2) {
       post_work(slots, ring, next);
+      feeder.announce({next.product, next.tile, next.first}, next.ksteps);
     }
     ++step;
   }
 };
 
-// Copies one run into the thread's staging bytes.
+// Copies one run into staging bytes, from the 16-byte window that its first value is in.
 __device__ __forceinline__ void stage_run(const uint8_t* values, const TileRow& row, uint32_t staged) {
-  const int count = __popcll(row.mask);
+  const int count = __popc(row.low) + __popc(row.high);
   if (count > 0) {
     const uint8_t* src = values + ((static_cast<uint64_t>(row.start) * 2) & ~15ull);
     const int bytes = (row.start & 7) * 2 + count * 2;
@@ -102,33 +122,28 @@ __device__ __forceinline__ void stage_run(const uint8_t* values, const TileRow& 
   }
 }
 
-// Writes one token's lines in both halves of A: line 0 at `line`, line 1 8 KB on, swizzled by the token's place in the k-step.
-__device__ __forceinline__ void build_lines(uint8_t* line, uint32_t swizzle, const TileRow& row0, const TileRow& row1,
-                                            const uint8_t* staged) {
+// A warp's 16 tokens of both halves of A. `lines` is the lane's 4 bytes of the first token's unswizzled line.
+template <bool kSameNeurons>
+__device__ __forceinline__ void build_lines(uint8_t* lines, const TileRow (&rows)[2][kTileK], int first,
+                                            const uint8_t (&runs)[2][kRowsPerWarp][kRunBytes], int lane) {
+  const uint32_t bit = 1u << (2 * (lane & 15));
+  const bool upper = lane >= 16;
+#pragma unroll 4
+  for (int i = 0; i < kRowsPerWarp; ++i) {
+    uint32_t word = 0, at = 0;
 #pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    *reinterpret_cast<uint4*>(line + ((c * 16) ^ swizzle)) = make_uint4(0, 0, 0, 0);
-    *reinterpret_cast<uint4*>(line + kABytes / 2 + ((c * 16) ^ swizzle)) = make_uint4(0, 0, 0, 0);
-  }
-  const uint16_t* v0 = reinterpret_cast<const uint16_t*>(staged) + (row0.start & 7);
-  const uint16_t* v1 = reinterpret_cast<const uint16_t*>(staged + kRunBytes) + (row1.start & 7);
-  uint64_t bits0 = row0.mask, bits1 = row1.mask;
-  while ((bits0 | bits1) != 0) {
-    // Two values of each line an iteration; reads past the end of a run stay in its staging bytes and are not used.
-    const uint16_t a0 = v0[0], a1 = v0[1], b0 = v1[0], b1 = v1[1];
-    v0 += 2;
-    v1 += 2;
-    const auto put = [&](uint8_t* to, uint64_t& bits, uint16_t value) {
-      if (bits != 0) {
-        const uint32_t j = (__ffsll(static_cast<long long>(bits)) - 1) * 2;
-        bits &= bits - 1;
-        *reinterpret_cast<uint16_t*>(to + (j ^ swizzle)) = value;
+    for (int half = 0; half < 2; ++half) {
+      if (half == 0 || !kSameNeurons) {
+        const TileRow row = rows[half][first + i];
+        word = upper ? row.high : row.low;
+        at = (row.start & 7) + __popc(word & (bit - 1)) + (upper ? row.low_count : 0);
       }
-    };
-    put(line, bits0, a0);
-    put(line + kABytes / 2, bits1, b0);
-    put(line, bits0, a1);
-    put(line + kABytes / 2, bits1, b1);
+      const uint16_t* run = reinterpret_cast<const uint16_t*>(runs[half][i]) + at;
+      const bool even = word & bit, odd = word & (bit << 1);
+      const uint32_t low = run[0], high = run[even ? 1 : 0];
+      *reinterpret_cast<uint32_t*>(lines + half * (kABytes / 2) + i * 128 + ((lane * 4) ^ ((i & 7) << 4))) =
+          (even ? low : 0) | (odd ? high << 16 : 0);
+    }
   }
 }
 
@@ -144,8 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
   extern __shared__ uint8_t raw[];
   uint8_t* stages = raw + (1024 - (hopper::smem_addr(raw) & 1023)) % 1024;
   uint8_t* epilogue = stages + kStages * kStageBytes;
-  uint8_t* runs = epilogue + kConsumerWarps * kEpilogueWarpBytes;
-  Shared& sh = *reinterpret_cast<Shared*>(runs + kRunBuffers * 128 * kRunBytes);
+  Shared& sh = *reinterpret_cast<Shared*>(epilogue + kConsumerWarps * kEpilogueWarpBytes);
 
   const int warpgroup = threadIdx.x / 128;
   const int warp = threadIdx.x / 32 % 4;
@@ -153,10 +167,11 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      hopper::mbarrier_init(&sh.full[s], kGatherWarps * 32 + 2);  // gather threads, build warps
+      hopper::mbarrier_init(&sh.full[s], kProducerWarps * 33);  // the copies of every thread, the built lines of every warp
       hopper::mbarrier_init(&sh.empty[s], kConsumerWarps);
     }
-    init_work(sh.work, kReaders);
+    init_lists(sh.lists, kProducerWarps);
+    init_work(sh.work, kProducerWarps + kConsumerWarps);
     hopper::fence_mbarrier_init();
   }
   __syncthreads();
@@ -165,18 +180,32 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
   hopper::RingState<kWorkSlots> work_ring;
 
   if (warpgroup == 0) {
-    hopper::setmaxnreg_decrease<56>();
-    if (warp < kGatherWarps) {
+    hopper::setmaxnreg_decrease<88>();
     const bool leader = threadIdx.x == 0;
     const int units = p.state[0];
     Claim claim;
     hopper::RingState<kWorkSlots> post_ring;
+    ListFeeder<ListCursor, kLists, kListsAhead> feeder;
+    hopper::RingState<kLists> list_ring;
+    const auto fetch = [&](const ListCursor& list, int step, int slot, uint64_t* full) {
+      const Product& product = p.product[list.product];
+      const int64_t at = (list.first + step) * kTileK;
+      const TileRow* rows = product.rows + list.tile * product.row_subs * p.mp + at;
+      ListEntry& entry = sh.entries[slot];
+      hopper::mbarrier_arrive_expect_tx(full, kTileK * (4 + product.row_subs * sizeof(TileRow)));
+      hopper::bulk_load(entry.tokens, product.tokens + list.tile * p.mp + at, kTileK * 4, full);
+      hopper::bulk_load(entry.rows[0], rows, kTileK * sizeof(TileRow), full);
+      if (product.row_subs == 2) hopper::bulk_load(entry.rows[1], rows + p.mp, kTileK * sizeof(TileRow), full);
+    };
     if (leader) {
       claim.unit = blockIdx.x;
-      for (claim.step = 1; claim.step < 3;) claim.advance(p, units, sh.work, post_ring);
+      for (claim.step = 1; claim.step < 3;) claim.advance(p, units, sh.work, post_ring, feeder);
     }
     const uint32_t row16 = static_cast<uint32_t>(p.d / 8);
-    const uint32_t slab = hopper::smem_addr(stages) + kABytes + (lane / 8) * kSlabBytes + warp * 4096;
+    const uint32_t slab =
+        hopper::smem_addr(stages) + kABytes + (lane / 8) * kSlabBytes + warp * kRowsPerWarp * 128;
+    uint8_t* lines = stages + warp * kRowsPerWarp * 128;
+    int buffer = 0;
     while (true) {
       const WgradJob job = take_work(sh.work, work_ring, lane);
       if (job.tile < 0) break;
@@ -185,70 +214,67 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
       const int64_t column = static_cast<int64_t>(job.column) * kTileN + lane * 8;
       const bool in_range = column < p.d;
       const uint4* base = product.b + (in_range ? column / 8 : 0);
-      const int32_t* tokens = product.tokens + job.tile * p.mp + job.first * 64 + warp * 32 + lane;
-      int row = job.ksteps > 0 ? __ldg(tokens) : -1;
+      const bool same_neurons = product.row_subs == 1;
+      const int line_half = lane / 16, line = lane % 16;
+      const uint8_t* values = product.values[line_half];
+      // The values of one k-step's runs, one run a lane; always one group of copies.
+      const auto stage_values = [&](int slot, int into) {
+        const TileRow row = sh.entries[slot].rows[same_neurons ? 0 : line_half][warp * kRowsPerWarp + line];
+        stage_run(values, row, hopper::smem_addr(sh.runs[into][warp][line_half][line]));
+        hopper::cp_async_commit();
+      };
       for (int k = 0; k < job.ksteps; ++k) {
-        if (leader && claim.step < 3) claim.advance(p, units, sh.work, post_ring);
-        const int current = row;
-        if (k + 1 < job.ksteps) row = __ldg(tokens + (k + 1) * 64);
-        hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
+        if (leader) {
+          if (claim.step < 3) claim.advance(p, units, sh.work, post_ring, feeder);
+          feeder.feed(sh.lists, fetch);
+          --feeder.lead;
+        }
         __syncwarp();
-        gather_rows<32>(slab + ring.stage * kStageBytes, base, current, row16, in_range, lane);
+        const int slot = list_ring.stage;
+        if (k == 0) {
+          hopper::mbarrier_wait(&sh.lists.full[slot], list_ring.parity);
+          stage_values(slot, buffer);
+          hopper::cp_async_commit();
+        }
+        list_ring.advance();
+        if (k + 1 < job.ksteps) {
+          hopper::mbarrier_wait(&sh.lists.full[list_ring.stage], list_ring.parity);
+          stage_values(list_ring.stage, buffer ^ 1);
+        } else {
+          hopper::cp_async_commit();
+        }
+        hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
+        gather_rows<kRowsPerWarp>(slab + ring.stage * kStageBytes, base, sh.entries[slot].tokens + warp * kRowsPerWarp, row16,
+                                  in_range, lane);
         hopper::mbarrier_arrive_cp_async(&sh.full[ring.stage]);
+        hopper::cp_async_commit();
+        // Newer than this k-step's values: the last gather, the next values, this gather.
+        hopper::cp_async_wait<3>();
+        __syncwarp();
+        uint8_t* to = lines + ring.stage * kStageBytes;
+        if (same_neurons) {
+          build_lines<true>(to, sh.entries[slot].rows, warp * kRowsPerWarp, sh.runs[buffer][warp], lane);
+        } else {
+          build_lines<false>(to, sh.entries[slot].rows, warp * kRowsPerWarp, sh.runs[buffer][warp], lane);
+        }
+        hopper::fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) {
+          hopper::mbarrier_arrive(&sh.full[ring.stage]);
+          hopper::mbarrier_arrive(&sh.lists.empty[slot]);
+        }
         ring.advance();
+        buffer ^= 1;
       }
       if (leader) {
-        while (claim.step < 3) claim.advance(p, units, sh.work, post_ring);
+        while (claim.step < 3) claim.advance(p, units, sh.work, post_ring, feeder);
+        feeder.feed(sh.lists, fetch);
       }
       __syncwarp();
     }
     hopper::cp_async_wait_all();
-    } else {
-    const int place = (warp - kGatherWarps) * 32 + lane;
-    const uint32_t swizzle = (place & 7) << 4;
-    uint8_t* line = stages + place * 128;
-    uint8_t* staged = runs + place * 2 * kRunBytes;
-    const uint32_t staged_address = hopper::smem_addr(staged);
-    constexpr int kBuffer = 128 * kRunBytes;
-    while (true) {
-      const WgradJob job = take_work(sh.work, work_ring, lane);
-      if (job.tile < 0) break;
-      if (job.ksteps == 0) continue;
-      const Product& product = p.product[job.product];
-      const uint8_t* values0 = product.values[0];
-      const uint8_t* values1 = product.values[1];
-      // The second line's rows; the same ones where both lines are of the same neurons.
-      const int64_t second = product.row_subs == 2 ? p.mp : 0;
-      const TileRow* rows = product.rows + job.tile * product.row_subs * p.mp + job.first * 64 + place;
-      // Rows two steps ahead, values one step ahead.
-      TileRow row0 = rows[0], row1 = rows[second];
-      stage_run(values0, row0, staged_address);
-      stage_run(values1, row1, staged_address + kRunBytes);
-      hopper::cp_async_commit();
-      TileRow next0 = {0, 0, 0}, next1 = {0, 0, 0};
-      if (job.ksteps > 1) next0 = rows[64], next1 = rows[64 + second];
-      for (int k = 0; k < job.ksteps; ++k) {
-        const uint32_t other = ((k + 1) & 1) * kBuffer;
-        stage_run(values0, next0, staged_address + other);
-        stage_run(values1, next1, staged_address + other + kRunBytes);
-        hopper::cp_async_commit();
-        TileRow after0 = {0, 0, 0}, after1 = {0, 0, 0};
-        if (k + 2 < job.ksteps) after0 = rows[(k + 2) * 64], after1 = rows[(k + 2) * 64 + second];
-        hopper::cp_async_wait<1>();
-        hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
-        build_lines(line + ring.stage * kStageBytes, swizzle, row0, row1, staged + (k & 1) * kBuffer);
-        hopper::fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) hopper::mbarrier_arrive(&sh.full[ring.stage]);
-        ring.advance();
-        row0 = next0, row1 = next1;
-        next0 = after0, next1 = after1;
-      }
-      hopper::cp_async_wait_all();
-    }
-    }
   } else {
-    hopper::setmaxnreg_increase<224>();
+    hopper::setmaxnreg_increase<208>();
     const int half = warpgroup - 1;
     const int thread = threadIdx.x % 128;
     const uint32_t smem = hopper::smem_addr(stages);

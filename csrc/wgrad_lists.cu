@@ -94,10 +94,13 @@ __global__ void __launch_bounds__(kListThreads) lists_kernel(const int64_t* __re
     TileRow* rows = list.rows + (static_cast<int64_t>(tile) * list.subs + sub) * ws.mp;
     for (int i = threadIdx.x; i < padded; i += kListThreads) {
       const int token = tokens[i];
-      TileRow row = {0, 0, 0};
+      TileRow row = {0, 0, 0, 0};
       if (token >= 0 && sub < subs) {
         const int64_t at = static_cast<int64_t>(token) * ws.words + first_word + sub;
-        row.mask = static_cast<uint64_t>(__ldg(mask + at));
+        const uint64_t bits = static_cast<uint64_t>(__ldg(mask + at));
+        row.low = static_cast<uint32_t>(bits);
+        row.high = static_cast<uint32_t>(bits >> 32);
+        row.low_count = __popc(row.low);
         row.start = static_cast<uint32_t>(__ldg(row_ptr + token)) + __ldg(offset + at);
       }
       rows[i] = row;

@@ -10,9 +10,10 @@ namespace megasparse {
 
 // Where one token's values of one 64-position tile lie.
 struct alignas(16) TileRow {
-  uint64_t mask;
-  uint32_t start;  // index of the first packed value
-  uint32_t unused;
+  uint32_t low;        // mask of positions 0-31
+  uint32_t high;       // 32-63
+  uint32_t start;      // index of the first packed value
+  uint32_t low_count;  // values of positions 0-31
 };
 
 // A share of one tile's tokens. K = 64 tokens a step.

@@ -1,6 +1,7 @@
 // Compact activations times gathered weight rows: `down` of the forward, `dx` of the backward.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cuda_runtime_api.h>
 
@@ -21,7 +22,6 @@ struct GatherDownParams {
   const int32_t* order;        // [H] position -> weight row, or null for the identity
   const int32_t* block_ptr;    // [Mt + 1] exclusive scan of ceil(union / 64)
   const int32_t* tile_order;   // [Mt] token tiles, largest union first; Mt = ceil(M / 128)
-  int32_t* counter;            // scratch, one int32; zeroed by the launch
   void* out;                   // bf16 [M, D]
   int64_t m;
   int64_t d;                   // multiple of 8
@@ -29,6 +29,10 @@ struct GatherDownParams {
   int sm_count;                // multiprocessors to use
 };
 
-cudaError_t launch_gather_down(const GatherDownParams& params, cudaStream_t stream);
+// Bytes of scratch (256-byte aligned, not initialised) that launch_gather_down needs; depends on m, union_stride and
+// whether there is an order.
+size_t gather_down_workspace_bytes(const GatherDownParams& params);
+
+cudaError_t launch_gather_down(const GatherDownParams& params, void* workspace, cudaStream_t stream);
 
 }  // namespace megasparse
