@@ -1,0 +1,110 @@
+"""What runs inside the worker processes: a tiny GPT trained by Megatron, observed, and counted the slow way beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megasparse.megatron import iter_sparse_mlps
+from megasparse.monitoring.monitor import Monitor
+from megasparse.training.callbacks import TrainState
+from megasparse.training.l1 import L1Controller
+from tests.megatron.cases import SEQUENCE, Model, make_config, start
+
+
+@dataclass
+class Seen:
+    """One call of one MLP: which tokens and neurons this rank held, and what they did."""
+
+    layer: int
+    tensor_rank: int
+    data_rank: int
+    active: np.ndarray
+    """bool [tokens, neurons of this rank]"""
+    magnitude: np.ndarray
+    """fp64 [tokens, neurons of this rank]: |h|"""
+    counted: np.ndarray
+    """bool [tokens]"""
+
+
+@dataclass
+class Witness:
+    """Recomputes every hidden activation from a layer's input, by plain products, as the forward runs."""
+
+    seen: list[Seen] = field(default_factory=list)
+
+    def watch(self, mlp: Any) -> None:
+        def forward(_module: Any, inputs: tuple[Any, ...], options: dict[str, Any], _output: Any) -> None:
+            if not torch.is_grad_enabled():  # the first forward of a layer that is recomputed later
+                return
+            x = inputs[0].detach()
+            if mlp.sequence_parallel:
+                parts = [torch.empty_like(x) for _ in range(mlp.tp_group.size())]
+                dist.all_gather(parts, x.contiguous(), group=mlp.tp_group)
+                x = torch.cat(parts)
+            padding = options.get("padding_mask")
+            padding = padding if padding is not None else mlp.fallback_mask()
+            if padding is not None and padding.shape[1] != x.shape[0]:  # a part of the sequence, as x was
+                pieces = [torch.empty_like(padding.int()) for _ in range(mlp.tp_group.size())]
+                dist.all_gather(pieces, padding.int().contiguous(), group=mlp.tp_group)
+                padding = torch.cat(pieces, dim=1).bool()
+            rows = x.reshape(-1, x.shape[-1])
+            weight = mlp.linear_fc1.weight.detach()
+            gate, up = (rows @ half.T for half in weight.chunk(2))
+            counted = torch.ones(len(rows), dtype=torch.bool) if padding is None else ~padding.t().reshape(-1)
+            self.seen.append(Seen(
+                layer=mlp.layer_index,
+                tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+                data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                active=(gate > 0).numpy(),
+                magnitude=(gate.relu() * up).abs().double().numpy(),
+                counted=counted.numpy(),
+            ))  # fmt: skip
+
+        mlp.register_forward_hook(forward, with_kwargs=True)
+
+
+def observed_run(
+    config: dict[str, Any], directory: Path, steps: int, kill_neurons: int, masked: bool, coefficients: list[float]
+) -> list[list[Seen]]:
+    """Train for `steps` with a real Monitor writing to `directory`; what every step's MLPs did on this rank."""
+    cfg = make_config(**config)
+    logs = {"directory": str(directory), "interval": 1, "console": False, "report": False}
+    cfg = cfg.model_copy(update={"logging": cfg.logging.model_copy(update=logs)})
+    start(cfg)
+    model = Model(cfg, coeff=coefficients)
+    mlps = list(iter_sparse_mlps(model.chunks))
+    witness = Witness()
+    for mlp in mlps:
+        with torch.no_grad():
+            # The first neurons of each rank never fire: a gate row of zeros.
+            mlp.linear_fc1.weight[:kill_neurons] = 0
+        witness.watch(mlp)
+    l1 = L1Controller(cfg)
+    l1.coefficients = coefficients
+    state = TrainState(
+        cfg=cfg, model=model.ddp, optimizer=None, scheduler=None, l1=l1, mlps=mlps,
+        is_writer=dist.get_rank() == 0, run_directory=directory,
+    )  # fmt: skip
+    monitor = Monitor()
+    monitor.on_start(state)
+    result = []
+    for step in range(1, steps + 1):
+        witness.seen = []
+        monitor.on_step_start(state)
+        loss = model.forward_backward(step, masked=masked)
+        for mlp in mlps:
+            mlp.recorder.end_step()
+        state.step = step
+        state.consumed_tokens += cfg.training.global_batch_size * SEQUENCE
+        wait = 0.001 * (1 + dist.get_rank())
+        monitor.on_step_end(state, {"loss/lm": loss, "perf/step_time_s": 0.5, "perf/data_wait_s": wait})
+        result.append(witness.seen)
+    monitor.on_end(state)
+    return result
