@@ -43,6 +43,7 @@ from megasparse.training.checkpoint_files import (
     remove_leftovers,
 )
 from megasparse.training.dead_neurons import share_idle_steps
+from megasparse.training.signals import signals_wait
 
 log = logging.getLogger("megasparse")
 
@@ -113,16 +114,17 @@ class Checkpointer:
         arguments: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             arguments["async_strategy"] = "mcore"
-        request = dist_checkpointing.save(
-            sharded, str(partial_path), strategy, async_sharded_save=self._queue is not None, **arguments
-        )
         complete = partial(self._complete, partial_path, state.step)
+        with signals_wait():
+            request = dist_checkpointing.save(
+                sharded, str(partial_path), strategy, async_sharded_save=self._queue is not None, **arguments
+            )
+            if self._queue is not None:
+                assert request is not None
+                request.add_finalize_fn(complete)
+                self._queue.schedule_async_request(request)
         if self._queue is None:
             complete()
-        else:
-            assert request is not None
-            request.add_finalize_fn(complete)
-            self._queue.schedule_async_request(request)
 
     def poll(self) -> None:
         """Completes a background save whose writers are done on all ranks. Call it once a step."""

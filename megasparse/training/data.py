@@ -100,6 +100,8 @@ class StepLoader:
             pin_memory=device.type == "cuda",
             worker_init_fn=ignore_signals_in_worker if workers else None,
             prefetch_factor=max(2, self._per_step // workers + 1) if workers else None,
+            # Of its own: a loader that is made draws a seed, and must not move the random state of the training.
+            generator=torch.Generator().manual_seed(cfg.training.seed),
         )
         self._batches = iter(self._loader)
 

@@ -23,6 +23,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -101,6 +103,20 @@ class StopWatcher:
         """Removes the stop file, so that the next start does not stop at once."""
         if self._stop_file is not None:
             self._stop_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals wait until the block ends. Child processes that start in it never get them.
+
+    Megatron's checkpoint writer keeps a helper process; a SIGTERM to the whole job would end it, and with it the
+    save that the signal asks for.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def process_start_time() -> float:

@@ -108,6 +108,25 @@ class Recorder(Callback):
         }
 
 
+DEAD_NEURONS = (3, 20)
+
+
+class DeadNeurons(Callback):
+    """Starts a run with DEAD_NEURONS dead in every layer: a gate row of zeros never fires and gets no gradient."""
+
+    @torch.no_grad()
+    def on_start(self, state: TrainState) -> None:
+        from megatron.core import parallel_state
+
+        if state.step > 0:
+            return
+        for mlp in state.mlps:
+            first = parallel_state.get_tensor_model_parallel_rank() * mlp.hidden
+            for neuron in DEAD_NEURONS:
+                if first <= neuron < first + mlp.hidden:
+                    mlp.linear_fc1.weight[neuron - first].zero_()
+
+
 def train_all(configurations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Trains one configuration after the other on the ranks that call this; records of this rank."""
     from megasparse.config import parse_config
@@ -116,6 +135,7 @@ def train_all(configurations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     results = []
     for data in configurations:
         recorder = Recorder()
-        code = pretrain(parse_config(data), [recorder])
+        cfg = parse_config(data)
+        code = pretrain(cfg, [DeadNeurons(), recorder] if cfg.sparsity.reinit.every else [recorder])
         results.append(recorder.record(code))
     return results

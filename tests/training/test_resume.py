@@ -1,0 +1,157 @@
+"""A run that was killed, also while it saved, goes on exactly; damaged checkpoints are passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megasparse.training.checkpoint_files import examine, find_checkpoints, read_latest
+from tests.training.cases import configuration
+from tests.training.forked import Helper
+
+SPARSITY: dict[str, Any] = {
+    "l1": {"mode": "target", "target_l0": 8, "coeff": 1e-3, "max_coeff": 1.0, "gain": 0.3, "start_step": 2},
+    "reinit": {"every": 5, "until_fraction": 1.0},
+    "dead_window_steps": 3,
+    "route_interval": 3,
+    "path": "sparse",
+}
+STEPS = 12
+SIGKILL = -9
+
+
+@pytest.fixture(scope="module")
+def helper() -> Iterator[Helper]:
+    helper = Helper()
+    yield helper
+    helper.close()
+
+
+def case(folder: Path, data: Path, name: str, parallel: dict[str, Any] | None = None, **checkpoint: Any) -> dict:
+    """A run with everything on whose state could be forgotten: dropout, L1 target, dead neurons, sparse path."""
+    result = configuration(
+        folder / name,
+        str(data / "a"),
+        sparsity=SPARSITY,
+        parallel=parallel or {},
+        training={"steps": STEPS, "eval_steps": 1, "eval_interval": 6},
+        checkpoint={"interval": 4, "keep_last": 3, **checkpoint},
+        data={"blend": [[0.7, str(data / "a")], [0.3, str(data / "b")]], "num_workers": 1},
+    )
+    result["model"] |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    return result
+
+
+def without_times(steps: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {s: {k: v for k, v in m.items() if not k.startswith("perf/")} for s, m in steps.items()}
+
+
+def assert_continues(expected: dict[str, Any], actual: dict[str, Any], first: int) -> None:
+    """Bitwise: every number of every step from `first` on, the last validation, and the parameters at the end."""
+    wanted = {step: values for step, values in without_times(expected["steps"]).items() if int(step) >= first}
+    assert without_times(actual["steps"]) == wanted
+    assert actual["evaluations"][str(STEPS)] == expected["evaluations"][str(STEPS)]
+    assert actual["digest"] == expected["digest"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data_folder: Path, helper: Helper) -> dict[str, Any]:
+    result = helper.run(case(tmp_path_factory.mktemp("straight"), data_folder, "straight"))
+    assert result["exit"] == [0], result["output"]
+    record = result["records"][0]
+    assert record["saved"] == ["step_00000004", "step_00000008", "step_00000012"]
+    assert sum(values.get("dead_neurons/layer_0/reinitialised", 0) for values in record["steps"].values()) >= 2
+    return dict(record)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_killed_twice_then_goes_on_bitwise(
+    tmp_path: Path, data_folder: Path, helper: Helper, uninterrupted: dict, asynchronous: bool
+) -> None:
+    run = case(tmp_path, data_folder, "killed", async_save=asynchronous)
+    root = tmp_path / "killed" / "checkpoints"
+    assert helper.run(run, kill_after=6)["exit"] == [SIGKILL]
+    # A background save may not have been finished in the two steps since it began.
+    assert read_latest(root) in (("step_00000004", None) if asynchronous else ("step_00000004",))
+    # Now in the middle of a save; the one before it was finished when this one began.
+    result = helper.run(run, kill_in_save_of=8, kill_delay=0.01)
+    assert result["exit"] == [SIGKILL]
+    assert "resumed from" in result["output"] or asynchronous
+    newest = find_checkpoints(root)[0]
+    assert newest.problem is None
+    result = helper.run(run)
+    assert result["exit"] == [0], result["output"]
+    record = result["records"][0]
+    assert record["resumed_from"] == str(newest.path)
+    assert_continues(uninterrupted, record, newest.step + 1)
+    assert read_latest(root) == "step_00000012"
+    assert not list(root.glob(".step_*")), "half-written checkpoints of killed runs are removed"
+
+
+def test_killed_at_many_moments_of_a_save(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    """Whatever the moment, the newest checkpoint by name is complete and loads."""
+    run = case(tmp_path, data_folder, "moments")
+    root = tmp_path / "moments" / "checkpoints"
+    assert helper.run(run, kill_after=5)["exit"] == [SIGKILL]
+    for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
+        helper.run(run, kill_in_save_of=8, kill_delay=delay)
+        found = find_checkpoints(root)
+        assert [item.problem for item in found] == [None] * len(found)
+        assert read_latest(root) in {item.path.name for item in found}
+        if found[0].step >= 8:
+            break
+    result = helper.run(run)
+    assert result["exit"] == [0], result["output"]
+
+
+def test_damaged_newest_checkpoint_is_passed_over(
+    tmp_path: Path, data_folder: Path, helper: Helper, uninterrupted: dict
+) -> None:
+    run = case(tmp_path, data_folder, "damaged")
+    root = tmp_path / "damaged" / "checkpoints"
+    assert helper.run(run, kill_after=10)["exit"] == [SIGKILL]
+    newest = root / "step_00000008"
+    shard = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    whole = shard.read_bytes()
+
+    shard.write_bytes(whole[: len(whole) // 2])  # truncated: seen before anything is loaded
+    assert examine(newest) is not None
+    result = helper.run(run, kill_after=6)
+    assert f"{newest}: {shard.name} has {len(whole) // 2} bytes instead of {len(whole)}" in result["output"]
+    assert "resumed from " + str(root / "step_00000004") in result["output"]
+
+    middle = len(whole) // 2
+    shard.write_bytes(whole[:middle] + bytes(byte ^ 255 for byte in whole[middle : middle + 64]) + whole[middle + 64 :])
+    assert examine(newest) is None  # same size: only loading can tell
+    result = helper.run(run)
+    assert result["exit"] == [0], result["output"]
+    assert f"{newest}: it cannot be loaded" in result["output"]
+    assert_continues(uninterrupted, result["records"][0], 5)
+    assert examine(newest) is None, "the damaged one was replaced by a good one"
+
+
+def test_nothing_left_to_load_is_an_error_that_names_all(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    run = case(tmp_path, data_folder, "lost")
+    assert helper.run(run, kill_after=5)["exit"] == [SIGKILL]
+    (tmp_path / "lost" / "checkpoints" / "step_00000004" / ".metadata").unlink()
+    result = helper.run(run)
+    assert result["exit"] == [1]
+    assert "no checkpoint can be loaded" in result["output"]
+    assert "step_00000004: .metadata is missing" in result["output"]
+
+
+def test_two_ranks_killed_go_on_bitwise(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    parallel = {"distributed_optimizer": True}
+    straight = helper.run(case(tmp_path, data_folder, "dp2-straight", parallel), world=2)
+    assert straight["exit"] == [0, 0], straight["output"]
+    run = case(tmp_path, data_folder, "dp2-killed", parallel, async_save=True)
+    assert helper.run(run, world=2, kill_after=9)["exit"] == [SIGKILL, SIGKILL]
+    result = helper.run(run, world=2)
+    assert result["exit"] == [0, 0], result["output"]
+    for rank in range(2):
+        newest = int(result["records"][rank]["resumed_from"][-8:])
+        assert newest in (4, 8)  # that of step 8 may or may not have been finished in the background
+        assert_continues(straight["records"][rank], result["records"][rank], newest + 1)
