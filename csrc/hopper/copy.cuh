@@ -8,7 +8,7 @@
 
 namespace megasparse::hopper {
 
-// L2 eviction hints (the encoded policies of createpolicy.fractional with fraction 1).
+// L2 eviction hints of the bulk and tensor copies (cp.async and ld take policies made by createpolicy only).
 constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
@@ -24,19 +24,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* src, bool
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(src), "r"(valid ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void cp_async_16(uint32_t smem, const void* src, bool valid, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(smem), "l"(src),
-               "r"(valid ? 16 : 0), "l"(policy)
-               : "memory");
-}
-
-// Groups of a thread's cp.async: commit closes one, wait returns when at most kPending of the newest are under way.
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Contiguous copy global -> shared; completes `bytes` (multiple of 16, 16-byte aligned ends) on `bar`.
 __device__ __forceinline__ void bulk_load(void* smem, const void* src, uint32_t bytes, uint64_t* bar) {

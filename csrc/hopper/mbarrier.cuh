@@ -10,6 +10,9 @@ __device__ __forceinline__ uint32_t smem_addr(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Tells the compiler that a value is the same in all lanes, so that it may live in uniform registers.
+__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
 // `count` arrivals complete a phase (plus the bytes announced by expect_tx).
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(bar)), "r"(count) : "memory");
@@ -25,12 +28,13 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(bar)) : "memory");
 }
 
-// Arrives at the same barrier of CTA `cta` of the cluster.
+// Arrives at the same barrier of CTA `cta` of the cluster. Releases at CTA scope: enough to hand back a buffer that only
+// wgmma has read (a release at cluster scope costs a memory fence of the whole GPU).
 __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* bar, uint32_t cta) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_addr(bar)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_addr(bar)),
       "r"(cta)
       : "memory");
 }
@@ -52,19 +56,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
       "{\n.reg .pred done;\n"
       "wait_loop_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni wait_done_%=;\n"
-      "bra.uni wait_loop_%=;\n"
-      "wait_done_%=:\n}" ::"r"(smem_addr(bar)),
-      "r"(parity)
-      : "memory");
-}
-
-// The same, also ordering what other CTAs of the cluster did before their arrivals.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* bar, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "wait_loop_%=:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@done bra.uni wait_done_%=;\n"
       "bra.uni wait_loop_%=;\n"
       "wait_done_%=:\n}" ::"r"(smem_addr(bar)),

@@ -10,7 +10,8 @@ namespace megasparse {
 // For every token tile i (128 tokens) and every column j of its union, with row(i, j) = order[union_idx[i, j]]:
 //   acc[t, j] = a[t, :] . weight[row(i, j), :]
 // and then one of the epilogues below. Compact buffers: block b (64 union columns) of tile i is the 16-KB block
-// block_ptr[i] + b, [128 tokens][64 columns] of bf16 in the SW128 image (16-byte chunk c of row r at r * 128 + ((c ^ (r & 7)) * 16)).
+// block_ptr[i] + b (block_ptr: exclusive scan of ceil(union_count / 64)), [128 tokens][64 columns] of bf16 in the SW128
+// image (16-byte chunk c of row r at r * 128 + ((c ^ (r & 7)) * 16)).
 // Packed values: row t's non-zeros of g in ascending position from row_ptr[t] on; those of block b start at
 // row_ptr[t] + base[block][t % 128]. Rows >= M, columns of padding and other zeros of g give zeros in compact
 // buffers and no packed value.
@@ -27,6 +28,8 @@ enum class GatherNtMode : int {
   kDhPlain = 3,
 };
 
+constexpr int kGatherNtPartials = 8;  // per work unit
+
 struct GatherNtParams {
   GatherNtMode mode;
   const void* a;               // bf16 [M, D]: x or dy
@@ -34,7 +37,6 @@ struct GatherNtParams {
   const int32_t* order;        // [H] position -> weight row, or null for the identity
   const int32_t* union_idx;    // [Mt, 64 W] ascending positions, padded with -1 up to a multiple of 64
   const int32_t* union_count;  // [Mt]
-  const int32_t* block_ptr;    // [Mt + 1] exclusive scan of ceil(union_count / 64)
   const int32_t* plan;         // from launch_gather_nt_plan on the same union_count; read only
   const int64_t* row_ptr;      // [Mp + 1]
   const uint16_t* base;        // [blocks][128]
@@ -47,7 +49,8 @@ struct GatherNtParams {
   int64_t capacity;            // values in each packed buffer; those beyond it are not written
   const float* l1_grad;        // kDh, kDhPlain: device scalar, or null for 0
   const uint8_t* token_mask;   // [M] 1 = counted, or null: all are
-  float* l1_partial;           // kUp: [gather_nt_max_units], partial[i] for unit i < plan[0], the rest unwritten
+  float* l1_partial;           // kUp: [gather_nt_max_units * kGatherNtPartials]; the first plan[0] * kGatherNtPartials are
+                               // written, their sum in index order is deterministic
   const int32_t* run_if;       // device flag or null: nothing is done if *run_if == 0
   int64_t m;
   int64_t d;                   // multiple of 8
