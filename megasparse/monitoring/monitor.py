@@ -24,7 +24,6 @@ from megasparse.monitoring.record import Record, Value, read_records
 from megasparse.monitoring.report import ReportError, write_report
 from megasparse.monitoring.sinks.console import ConsoleSink
 from megasparse.monitoring.sinks.jsonl import JsonlSink
-from megasparse.monitoring.sinks.wandb import WandbSink
 from megasparse.monitoring.sparsity import COLUMNS, SparsityMeter, l1_loss
 from megasparse.monitoring.throughput import Throughput
 
@@ -70,7 +69,7 @@ class Monitor:
         self._energy = EnergyMeter()
         self._peak = PeakMemory()
         self._probe = LayerMemoryProbe(state.mlps, self._peak)
-        self._next_memory_step = 0
+        self._memory_step: int | None = None
         self._samples_memory = False
         self._spent = _Stopwatch()
         self._carried: dict[str, float] = {}
@@ -97,6 +96,9 @@ class Monitor:
                 self._sinks.append(JsonlSink(self._directory, state.step))
                 stack.callback(self._sinks[-1].close)
             if logs.wandb.mode != "disabled":
+                # Where W&B is disabled it need not be installed.
+                from megasparse.monitoring.sinks.wandb import WandbSink
+
                 sink = WandbSink(
                     self._directory,
                     mode=logs.wandb.mode,
@@ -131,7 +133,8 @@ class Monitor:
             return
         with self._spent:
             self._meter.begin()
-            self._samples_memory = state.step + 1 >= self._next_memory_step
+            every, last = state.cfg.logging.memory_interval, self._memory_step
+            self._samples_memory = last is None or (state.step + 1) // every > last // every
             if self._samples_memory:
                 self._probe.arm()
 
@@ -197,7 +200,7 @@ class Monitor:
         if sampled is not None:
             rows = [[layer.saved_bytes, layer.peak_bytes] for layer in sampled]
             result[[mlp.layer_index for mlp in state.mlps]] = result.new_tensor(rows)
-        self._next_memory_step = state.step + state.cfg.logging.memory_interval
+        self._memory_step = state.step
         return result
 
     def on_eval(self, state: TrainState, metrics: Metrics) -> None:
