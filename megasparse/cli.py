@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import megasparse
+from megasparse.hf.commands import add_convert
 
 EXIT_MISTAKE = 2
 OVERRIDES = "a.b=c"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 `doctor` found a failure, 2 a mistake that the message explains."""
+    """Run one command and exit: 0 done, 1 `doctor` found a failure, 2 a mistake that the message explains.
+
+    `pretrain` has further codes: `megasparse.training.signals`.
+    """
     args = _parse(arguments)
     try:
         code = args.run(args)
@@ -71,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megasparse {megasparse.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_preprocess, _add_pretrain, _add_evaluate, _add_report, _add_doctor):
+    for add in (_add_preprocess, _add_pretrain, _add_evaluate, add_convert, _add_report, _add_doctor):
         add(commands)
     return parser
 

@@ -1,0 +1,120 @@
+"""What travels with the weights: tokenizer, chat template, generation config, special token ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megasparse.config import ConfigError
+from megasparse.config.vocab import tokenizer_vocab_size
+from megasparse.hf.errors import ConvertError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+GENERATION = "generation_config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def write_tokenizer(source: str, vocab_size: int, output: Path) -> dict[str, Any]:
+    """Put a tokenizer and what lies beside it into a model's folder, so that `AutoTokenizer` loads it there.
+
+    Args:
+        source: a Hugging Face folder, a tokenizer.json, or a name on the hub.
+        vocab_size: of the model, which must hold every token.
+
+    Returns:
+        bos_token_id, eos_token_id, pad_token_id, as far as the folder or the tokenizer knows them.
+
+    Raises:
+        ConvertError: there is no tokenizer, or it has more tokens than the model.
+    """
+    try:
+        size = tokenizer_vocab_size(source)
+    except ConfigError as error:
+        raise ConvertError(
+            f"tokenizer {source}: not a readable tokenizer ({error.problems[0].rule}); name it with --tokenizer "
+            "PATH, or "
+            "leave it out with --no-tokenizer"
+        ) from None
+    if size > vocab_size:
+        raise ConvertError(
+            f"tokenizer {source}: has {size} tokens, the model {vocab_size}; give the tokenizer that the model was "
+            "trained "
+            "with (--tokenizer PATH)"
+        )
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() or (path.is_file() and (folder / "tokenizer_config.json").is_file()):
+        copy_assets(folder, output)
+    elif path.is_file():
+        _from_json(path, output)
+    else:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(source).save_pretrained(output)
+    ids = _ids_of_tokenizer(output)
+    for name in ("config.json", GENERATION):
+        ids.update({key: value for key, value in _json(folder / name).items() if key in _IDS and path.exists()})
+    return ids
+
+
+def copy_assets(source: Path, output: Path) -> None:
+    """Copy the tokenizer's files, chat templates and generation config of a folder, as far as they are there."""
+    for name in (*TOKENIZER_FILES, GENERATION):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", output / "additional_chat_templates", dirs_exist_ok=True)
+
+
+def write_generation_config(output: Path, token_ids: dict[str, Any]) -> None:
+    """generation_config.json, unless one was carried along."""
+    if not (output / GENERATION).exists():
+        content = {
+            "_from_model_config": True,
+            **{key: token_ids[key] for key in _IDS if token_ids.get(key) is not None},
+        }
+        (output / GENERATION).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _from_json(path: Path, output: Path) -> None:
+    """A tokenizer.json alone: transformers needs to be told its class and special tokens."""
+    from megasparse.data.errors import DataError
+    from megasparse.data.tokenizer import load_tokenizer
+
+    try:
+        load_tokenizer(str(path)).save(output)
+    except DataError:  # nothing says which token ends a document: pass it on as it is
+        shutil.copyfile(path, output / "tokenizer.json")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _ids_of_tokenizer(folder: Path) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many types
+        raise ConvertError(
+            f"the tokenizer's files do not load in transformers ({error}); give another one with --tokenizer PATH, or "
+            "leave it out with --no-tokenizer"
+        ) from None
+    return {key: value for key in _IDS if (value := getattr(tokenizer, key)) is not None}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,187 @@
+"""`megasparse convert`: its arguments and what it prints. Imports torch only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megasparse.hf.to_hf import Converted
+    from megasparse.hf.verify import Comparison
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_convert(commands: Any) -> None:
+    """Add `convert` to the sub-commands of the command line."""
+    parser = commands.add_parser(
+        "convert",
+        help="checkpoint to Hugging Face format and back",
+        description="One weight is in memory at a time, on a machine without a GPU. Inputs are only read; the output "
+        "appears when it is complete.",
+    )
+    directions = parser.add_subparsers(title="directions", required=True, metavar="DIRECTION")
+
+    out = directions.add_parser(
+        "to-hf",
+        help="export a checkpoint as a transformers model",
+        description="Writes a folder that AutoModelForCausalLM.from_pretrained loads without remote code. Interrupted, "
+        "it goes on where it was when started again.",
+    )
+    out.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its newest)")
+    _add_common(out)
+    out.add_argument(
+        "--shard-size", type=_size, default=5 * 10**9, metavar="SIZE", help="largest file, such as 5GB (5GB)"
+    )
+    tokenizer = out.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", metavar="PATH", help="tokenizer to put in (the run's data.tokenizer)")
+    tokenizer.add_argument("--no-tokenizer", action="store_true", help="put none in")
+    out.add_argument("--push", metavar="USER/NAME", help="then upload the folder to the Hugging Face hub")
+    out.add_argument("--private", action="store_true", help="with --push: create a private repository")
+    out.set_defaults(run=_to_hf)
+
+    back = directions.add_parser(
+        "from-hf",
+        help="import a transformers model as a checkpoint",
+        description="Llama, Qwen2, Qwen3, Arcee, Apertus, and the published sparse checkpoints. The output is a "
+        "checkpoint for checkpoint.load at any parallel layout; OUTPUT/model.yaml is a configuration to build on.",
+    )
+    back.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
+    _add_common(back)
+    back.add_argument(
+        "--down-proj",
+        choices=("standard", "by-neuron"),
+        help="how down_proj is stored (as the files tell; by-neuron is transposed, as some sparse training leaves it)",
+    )
+    back.set_defaults(run=_from_hf)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights (auto: as stored)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUTPUT if it exists, when the new one is complete"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run both models in fp32 on the same tokens and compare every block (memory: twice the model in fp32)",
+    )
+    parser.add_argument("--verify-tokens", type=int, default=512, metavar="N", help="tokens of that run (%(default)s)")
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from megasparse.hf.to_hf import ToHf, convert_to_hf
+
+    options = ToHf(
+        checkpoint=args.checkpoint,
+        output=args.output,
+        dtype=args.dtype,
+        shard_bytes=args.shard_size,
+        tokenizer=args.tokenizer,
+        no_tokenizer=args.no_tokenizer,
+        overwrite=args.overwrite,
+    )
+    with _interruptible("the same command goes on with what is missing"), _bar("exporting") as progress:
+        result = convert_to_hf(options, progress)
+    _print_result(result)
+    print(f"In Python: AutoModelForCausalLM.from_pretrained({str(result.path)!r})")
+    if args.verify and not _verify(result.checkpoint, result.path, result, args.verify_tokens):
+        return 1
+    if args.push:
+        from megasparse.hf.push import push
+
+        print(push(result.path, args.push, args.private))
+    return 0
+
+
+def _from_hf(args: argparse.Namespace) -> int:
+    from megasparse.hf.from_hf import MODEL_YAML, FromHf, convert_from_hf, download
+
+    options = FromHf(
+        model=Path(args.model) if Path(args.model).exists() else download(args.model),
+        output=args.output,
+        dtype=args.dtype,
+        down_by_neuron=None if args.down_proj is None else args.down_proj == "by-neuron",
+        overwrite=args.overwrite,
+    )
+    with _interruptible("start the same command again"), _bar("importing") as progress:
+        result = convert_from_hf(options, progress)
+    _print_result(result)
+    print(f"In a config: base: {result.path / MODEL_YAML}, or checkpoint.load: {result.path}")
+    return 0 if not args.verify or _verify(result.path, result.checkpoint, result, args.verify_tokens) else 1
+
+
+def _verify(checkpoint: Path, folder: Path, result: Converted, tokens: int) -> bool:
+    from megasparse.hf.verify import check_memory, compare
+
+    check_memory(result.parameters)
+    comparison = compare(checkpoint, folder, rounded=result.dtype, tokens=tokens)
+    print_comparison(comparison)
+    return comparison.passed
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """The largest difference of each block and of the logits, and the verdict."""
+    print(f"Largest differences between Megatron and transformers in fp32, over {comparison.tokens} tokens:")
+    print(f"  embedding  {comparison.embedding:.3g}")
+    for layer, difference in enumerate(comparison.blocks):
+        print(f"  block {layer:<4} {difference:.3g}")
+    print(f"  logits     {comparison.logits:.3g} (the largest logit is {comparison.largest_logit:.3g})")
+    print(f"  same most likely token for {comparison.same_top:.2%} of the tokens")
+    print("verified: both compute the same" if comparison.passed else "FAILED: the two models differ")
+
+
+def _print_result(result: Converted) -> None:
+    print(
+        f"{result.path}: {result.architecture}, {result.parameters:,} parameters, "
+        f"{str(result.dtype).removeprefix('torch.')}, "
+        f"{result.nbytes / 2**30:.2f} GiB in {result.files} file{'s' if result.files > 1 else ''}"
+    )
+    for note in result.notes:
+        print(f"note: {note}")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@contextmanager
+def _interruptible(advice: str) -> Iterator[None]:
+    """SIGTERM ends the conversion as Ctrl-C does, so that it leaves things in order."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; {advice}", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; silent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

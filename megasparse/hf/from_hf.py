@@ -1,0 +1,251 @@
+"""Hugging Face folder -> Megatron checkpoint, weight by weight."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megasparse.config import Config, parse_config
+from megasparse.hf.assets import copy_assets, has_tokenizer
+from megasparse.hf.config import SourceModel, read_hf_config
+from megasparse.hf.errors import ConvertError
+from megasparse.hf.megatron_files import write_checkpoint
+from megasparse.hf.output import output_folder
+from megasparse.hf.safetensors_files import WeightFiles
+from megasparse.hf.tensors import Weight, hf_shapes, join, weights
+from megasparse.hf.to_hf import ASSETS_BYTES, DTYPES, Converted, Progress
+from megasparse.training.checkpoint_files import seal
+
+ASSETS = "hf"
+"""Folder, inside the checkpoint, of the tokenizer and what else came with the model."""
+MODEL_YAML = "model.yaml"
+"""Configuration to build on, inside the checkpoint."""
+
+_AUXILIARY = re.compile(r"(^|\.)(tracker|metrics_accumulator)\.|\.rotary_emb\.inv_freq$")
+"""Entries of state dicts that are no weights: statistics of the published sparse training, old rotary buffers."""
+
+
+@dataclass(frozen=True)
+class FromHf:
+    """What to import. `dtype`: a key of DTYPES, or "auto" for the model's own.
+
+    `down_by_neuron`: `down_proj` is stored [neurons, hidden]; None: as the model's files tell.
+    """
+
+    model: Path
+    output: Path
+    dtype: str = "auto"
+    down_by_neuron: bool | None = None
+    overwrite: bool = False
+
+
+def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: None) -> Converted:
+    """Import a model as a checkpoint that any parallel layout loads (`checkpoint.load`).
+
+    In memory at a time: one weight of one layer. The output is a checkpoint with `hf/` (tokenizer, generation config,
+    the model's config.json) and `model.yaml`, a configuration to name as `base`.
+
+    Raises:
+        ConvertError: an input or the output cannot be used. Nothing is left behind.
+    """
+    folder = options.model
+    described = read_hf_config(folder)
+    model = described.model
+    files = WeightFiles(folder)
+    listed = weights(model, described.architecture, _padded(described))
+    importer = _Importer(described, files, listed, options)
+    dtype = files.read(listed[-1].names[0]).dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    total = sum(_count(weight) for weight in listed) * dtype.itemsize
+    notes = _notes(described, folder)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    with output_folder(
+        options.output, needed=total + ASSETS_BYTES, overwrite=options.overwrite, inputs=(folder,)
+    ) as partial:
+        (partial / ASSETS).mkdir()
+        copy_assets(folder, partial / ASSETS)
+        (partial / ASSETS / "config.json").write_bytes((folder / "config.json").read_bytes())
+        config = _config(described, options.output, dtype, has_tokenizer(partial / ASSETS))
+        (partial / MODEL_YAML).write_text(_yaml(config, options.output))
+        common = {"run": {"step": 0, "config": config.model_dump(mode="json")}}
+        write_checkpoint(
+            partial, listed, model.num_layers, dtype, common, lambda weight: importer.read(weight).to(dtype), advance
+        )
+        seal(partial, step=0)
+    files.close()
+    return Converted(
+        path=options.output,
+        checkpoint=folder,
+        architecture=described.architecture.class_name,
+        dtype=dtype,
+        parameters=sum(_count(weight) for weight in listed),
+        nbytes=total,
+        files=1,
+        notes=notes,
+    )
+
+
+class _Importer:
+    """Checks the names and shapes of all tensors, then makes the Megatron tensor of a weight."""
+
+    def __init__(self, described: SourceModel, files: WeightFiles, listed: list[Weight], options: FromHf) -> None:
+        self._described, self._files = described, files
+        model, folder = described.model, files.folder
+        expected: dict[str, tuple[int, ...]] = {}
+        assert model.vocab_size is not None
+        for weight in listed:
+            expected.update(zip(weight.names, hf_shapes(weight, model, model.vocab_size), strict=True))
+        missing = [name for name in expected if name not in files.files]
+        if missing:
+            raise ConvertError(
+                f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}; its config.json "
+                "and its weights are not of one model, or a file was not downloaded"
+            )
+        self._transposed = self._find_transposed(listed, options.down_by_neuron)
+        for name, shape in expected.items():
+            found = files.shape(name)
+            if name in self._transposed:
+                found = found[::-1]
+            if found != shape:
+                raise ConvertError(
+                    f"{folder / files.files[name]}: {name} is {list(found)}, and config.json says "
+                    f"{list(shape)}; they are not of one model"
+                )
+        for name in files.files:
+            if name not in expected:
+                self._accept_extra(name)
+
+    def read(self, weight: Weight) -> Tensor:
+        """The Megatron tensor, in the type of the file."""
+        tensors = [self._files.read(name) for name in weight.names]
+        if weight.names[0] in self._transposed:
+            tensors = [tensor.t().contiguous() for tensor in tensors]
+        return join(weight, tensors, self._described.model)
+
+    def _find_transposed(self, listed: list[Weight], asked: bool | None) -> set[str]:
+        """Names of down_proj weights that are stored [neurons, hidden]."""
+        model = self._described.model
+        names = [weight.names[0] for weight in listed if weight.kind == "down"]
+        by_neuron = self._described.down_by_neuron if asked is None else asked
+        if by_neuron is None:
+            if model.hidden_size == model.ffn_hidden_size:
+                raise ConvertError(
+                    f"{self._files.folder}: down_proj is square and was trained with sparsity_use_hybrid_kernel, so "
+                    "nothing "
+                    "tells whether it is stored transposed; say --down-proj by-neuron or --down-proj standard"
+                )
+            by_neuron = self._files.shape(names[0]) == (model.ffn_hidden_size, model.hidden_size)
+        return set(names) if by_neuron else set()
+
+    def _accept_extra(self, name: str) -> None:
+        """A tensor that the model here does not have: fine only where it changes nothing."""
+        described, path = self._described, self._files.folder / self._files.files[name]
+        if _AUXILIARY.search(name):
+            return
+        if name == "lm_head.weight" and described.model.tie_embeddings:
+            if not torch.equal(self._files.read(name), self._files.read("model.embed_tokens.weight")):
+                raise ConvertError(
+                    f"{path}: lm_head.weight differs from the embedding, and config.json ties them; set "
+                    "tie_word_embeddings to false there if the model was trained so"
+                )
+            return
+        zero = (described.output_bias and name.endswith(".self_attn.o_proj.bias")) or (
+            described.mlp_bias and re.search(r"\.mlp\.(gate|up|down)_proj\.bias$", name)
+        )
+        if zero:
+            if bool(self._files.read(name).any()):
+                raise ConvertError(f"{path}: {name} is not zero; models with this bias are not supported")
+            return
+        raise ConvertError(
+            f"{path}: holds {name}, which a {described.architecture.class_name} of its config.json does not "
+            "have; it is another architecture, or an adapter that must be merged first"
+        )
+
+
+def _padded(described: SourceModel) -> int:
+    """Rows of the embedding as stored; loading at a larger tensor parallelism pads further."""
+    assert described.model.vocab_size is not None
+    multiple = described.model.make_vocab_size_divisible_by
+    return -(-described.model.vocab_size // multiple) * multiple
+
+
+def _count(weight: Weight) -> int:
+    count = 1
+    for size in weight.shape:
+        count *= size
+    return count
+
+
+def _notes(described: SourceModel, folder: Path) -> list[str]:
+    notes = []
+    if described.activation != "relu":
+        notes.append(
+            f"its activation is {described.activation}; here it is relu, so the model's outputs change: train it on, "
+            "with "
+            "the L1 term once the loss has settled (sparsity.l1.start_step)"
+        )
+    if not has_tokenizer(folder):
+        notes.append("no tokenizer came with the model: set data.tokenizer to that of your data")
+    return notes
+
+
+def _config(described: SourceModel, output: Path, dtype: torch.dtype, tokenizer: bool) -> Config:
+    """A complete configuration with the model and placeholders for what only a run knows."""
+    place = output.absolute()
+    precision = "fp32" if dtype == torch.float32 else "bf16"
+    data: dict[str, Any] = {"sequence_length": min(described.max_position_embeddings, 4096)}
+    if tokenizer:
+        data["tokenizer"] = str(place / ASSETS)
+    # Sizes are written out in full, so that they compare equal with those of a run that is based on them.
+    fields = described.model.model_dump(mode="json", exclude_defaults=True)
+    fields |= {key: getattr(described.model, key) for key in ("num_query_groups", "kv_channels", "vocab_size")}
+    return parse_config(
+        {
+            "model": fields,
+            "data": data,
+            "training": {"global_batch_size": 1, "steps": 1, "precision": precision},
+        },
+        source=MODEL_YAML,
+    )
+
+
+def _yaml(config: Config, output: Path) -> str:
+    dumped = config.model_dump(mode="json")
+    defaults = {name: field.default for name, field in type(config.model).model_fields.items()}
+    model = {key: value for key, value in dumped["model"].items() if defaults.get(key, ...) != value}
+    content: dict[str, Any] = {
+        "model": model,
+        "data": {"sequence_length": config.data.sequence_length},
+        "training": {"precision": config.training.precision},
+        "checkpoint": {"load": str(output.absolute())},
+    }
+    if config.data.tokenizer:
+        content["data"]["tokenizer"] = config.data.tokenizer
+    head = "# The imported model. Name this file as `base` in the configuration of a run.\n"
+    return head + yaml.safe_dump(content, sort_keys=False)
+
+
+def download(name: str) -> Path:
+    """A model of the Hugging Face hub, by name. Raises ConvertError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConvertError(
+            f"{name}: neither a folder here nor a model that could be downloaded from the Hugging Face hub "
+            f"({json.dumps(str(error).splitlines()[0][:200])})"
+        ) from None

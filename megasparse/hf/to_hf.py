@@ -1,0 +1,174 @@
+"""Megatron checkpoint -> Hugging Face folder, weight by weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasparse.config.vocab import tokenizer_vocab_size
+from megasparse.hf.architectures import architecture_of
+from megasparse.hf.assets import write_generation_config, write_tokenizer
+from megasparse.hf.config import to_hf_config
+from megasparse.hf.errors import ConvertError
+from megasparse.hf.output import output_folder
+from megasparse.hf.safetensors_files import INDEX, Planned, index_of, is_complete, plan_files, write_file
+from megasparse.hf.source import Source, open_checkpoint
+from megasparse.hf.tensors import Weight, hf_shapes, split, zero_tensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ASSETS_BYTES = 64 * 2**20
+"""Room planned for the tokenizer and the JSON files."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True)
+class ToHf:
+    """What to export. `dtype`: a key of DTYPES, or "auto" for the checkpoint's own."""
+
+    checkpoint: Path
+    output: Path
+    dtype: str = "auto"
+    shard_bytes: int = 5 * 10**9
+    tokenizer: str | None = None
+    """None: the one that the run was trained with."""
+    no_tokenizer: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    path: Path
+    checkpoint: Path
+    architecture: str
+    dtype: torch.dtype
+    parameters: int
+    nbytes: int
+    files: int
+    notes: list[str] = field(default_factory=list)
+
+
+def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) -> Converted:
+    """Export a checkpoint of any parallel layout.
+
+    In memory at a time: one weight of one layer (as stored, and converted). An interrupted export goes on, when it is
+    started again with the same options, with the file that was being written.
+
+    Raises:
+        ConvertError: an input or the output cannot be used. Nothing is left behind.
+    """
+    source = open_checkpoint(options.checkpoint)
+    model, vocab_size = source.model, source.vocab_size
+    architecture = architecture_of(model)
+    dtype = source.reader.dtype(source.weights[0]) if options.dtype == "auto" else DTYPES[options.dtype]
+    notes = []
+    tokenizer = None if options.no_tokenizer else options.tokenizer or source.tokenizer
+    if tokenizer is None and not options.no_tokenizer:
+        notes.append("no tokenizer: the run names none (data.tokenizer); give it with --tokenizer PATH")
+
+    tensors = _Tensors(source, dtype)
+    files = plan_files(tensors.planned, options.shard_bytes)
+    total = sum(tensor.nbytes for tensor in tensors.planned)
+
+    def reusable(folder: Path) -> int:
+        complete = (group for name, group in files.items() if is_complete(folder / name, group))
+        return sum(tensor.nbytes for group in complete for tensor in group)
+
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    with output_folder(
+        options.output,
+        needed=total + ASSETS_BYTES,
+        overwrite=options.overwrite,
+        fingerprint=_fingerprint(source, options, dtype, tokenizer),
+        inputs=_inputs(source, tokenizer),
+        reusable=reusable,
+    ) as folder:
+        ids: dict[str, Any] = {}
+        if tokenizer is not None:
+            ids = write_tokenizer(tokenizer, vocab_size, folder)
+            size = tokenizer_vocab_size(str(folder))
+            if size < vocab_size:
+                notes.append(f"the tokenizer uses {size} of the model's {vocab_size} tokens")
+        name = str(dtype).removeprefix("torch.")
+        config = to_hf_config(model, vocab_size, source.max_position_embeddings, name, ids)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_generation_config(folder, ids)
+        for name, group in files.items():
+            if is_complete(folder / name, group):
+                advance(sum(tensor.nbytes for tensor in group))
+            else:
+                write_file(folder / name, group, tensors.read, advance)
+        if len(files) > 1:
+            (folder / INDEX).write_text(json.dumps(index_of(files), indent=2) + "\n")
+    return Converted(
+        path=options.output,
+        checkpoint=source.path,
+        architecture=architecture.class_name,
+        dtype=dtype,
+        parameters=total // dtype.itemsize,
+        nbytes=total,
+        files=len(files),
+        notes=notes,
+    )
+
+
+class _Tensors:
+    """The tensors of the export, made when they are asked for; those of one weight come from one read."""
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        self._source, self._dtype = source, dtype
+        self._parts: dict[str, tuple[Weight, int]] = {}
+        self._current: tuple[Weight, list[Tensor]] | None = None
+        self.planned: list[Planned] = []
+        for weight in source.weights:
+            shapes = hf_shapes(weight, source.model, source.vocab_size)
+            for index, (name, shape) in enumerate(zip(weight.names, shapes, strict=True)):
+                self._parts[name] = (weight, index)
+                self.planned.append(Planned(name, shape, dtype))
+        self._zeros = zero_tensors(source.model, architecture_of(source.model))
+        self.planned += [Planned(name, shape, dtype) for name, shape in self._zeros.items()]
+
+    def read(self, name: str) -> Tensor:
+        if name in self._zeros:
+            return torch.zeros(self._zeros[name], dtype=self._dtype)
+        weight, index = self._parts[name]
+        if self._current is None or self._current[0] is not weight:
+            self._current = None  # frees the one before first
+            tensor = self._source.reader.read(weight).to(self._dtype)
+            if self._dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
+                raise ConvertError(
+                    f"{self._source.path}: {weight.where} has values beyond float16's range; export with --dtype "
+                    "bf16 or fp32"
+                )
+            self._current = (weight, split(weight, tensor, self._source.model, self._source.vocab_size))
+        return self._current[1][index]
+
+
+def _fingerprint(source: Source, options: ToHf, dtype: torch.dtype, tokenizer: str | None) -> dict[str, Any]:
+    metadata = (source.path / ".metadata").stat()
+    return {
+        "checkpoint": str(source.path.resolve()),
+        "saved": [metadata.st_mtime_ns, metadata.st_size],
+        "dtype": str(dtype),
+        "shard_bytes": options.shard_bytes,
+        "tokenizer": tokenizer,
+    }
+
+
+def _inputs(source: Source, tokenizer: str | None) -> tuple[Path, ...]:
+    return (source.path, Path(tokenizer)) if tokenizer and Path(tokenizer).exists() else (source.path,)
