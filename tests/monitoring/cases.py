@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megasparse.megatron import iter_sparse_mlps
+from megasparse.config import parse_config
+from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.monitoring.monitor import Monitor
-from megasparse.training.callbacks import TrainState
+from megasparse.training.callbacks import Metrics, TrainState
 from megasparse.training.l1 import L1Controller
 from tests.megatron.cases import SEQUENCE, Model, make_config, start
 
@@ -108,3 +109,65 @@ def observed_run(
         result.append(witness.seen)
     monitor.on_end(state)
     return result
+
+
+HAND_TOKENS = [[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [-1.0, -1.0]]
+HAND_GATE = [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0], [-1.0, -2.0]]
+HAND_CONFIG: dict[str, Any] = {
+    "run": {"name": "hand"},
+    "model": {
+        "num_layers": 2, "hidden_size": 2, "ffn_hidden_size": 4, "num_attention_heads": 1, "vocab_size": 8,
+        "make_vocab_size_divisible_by": 8,
+    },
+    "sparsity": {"path": "dense", "dead_window_steps": 10},
+    "data": {"sequence_length": 4},
+    "training": {"global_batch_size": 1, "steps": 30, "precision": "fp32"},
+}  # fmt: skip
+
+
+def hand_run(directory: Path, first: int, last: int, run_id: str | None, attempt: int, wandb_mode: str) -> Any:
+    """One process of a run of two real layers with weights, tokens and mask written down above.
+
+    Layer 0: the last token is padding. Gates before ReLU of the others: (1 0 -1 -1), (0 1 -1 -2), (2 1 -3 -4); the up
+    product of each neuron is the sum of the token: 1, 1, 3. Layer 1 has a gate of zeros.
+    """
+    logs = {
+        "directory": str(directory), "interval": 10, "console": False, "memory_interval": 20,
+        "wandb": {"mode": wandb_mode, "project": "tests"},
+    }  # fmt: skip
+    cfg = parse_config(HAND_CONFIG | {"logging": logs})
+    start(cfg)
+    mlps = list(iter_sparse_mlps(build_model(cfg)))
+    with torch.no_grad():
+        for mlp in mlps:
+            mlp.linear_fc1.weight.copy_(torch.tensor([*HAND_GATE, *[[1.0, 1.0]] * 4]))
+        mlps[1].linear_fc1.weight[:4] = 0
+    l1 = L1Controller(cfg)
+    l1.coefficients = [0.3, 0.6]
+    state = TrainState(
+        cfg=cfg, model=[], optimizer=None, scheduler=None, l1=l1, mlps=mlps, is_writer=True, run_directory=directory,
+        step=first - 1, consumed_tokens=3 * (first - 1), wandb_run_id=run_id, parameters=123,
+    )  # fmt: skip
+    monitor = Monitor()
+    monitor.on_start(state)
+    x = torch.tensor(HAND_TOKENS).unsqueeze(1).requires_grad_()
+    padding = torch.tensor([[False, False, False, True]])
+    for step in range(first, last + 1):
+        monitor.on_step_start(state)
+        for mlp in mlps:
+            y, _ = mlp(x, padding_mask=padding)
+            y.sum().backward()
+            mlp.recorder.end_step()
+        state.step, state.consumed_tokens = step, 3 * step
+        metrics: Metrics = {
+            "loss/lm": 6.0 / step, "lr": 1e-3 * step, "grad_norm": 0.5, "l1/coeff": 0.45, "l1/layer_0/coeff": 0.3,
+            "l1/layer_1/coeff": 0.6, "progress/tokens": state.consumed_tokens, "perf/step_time_s": 0.25,
+            "perf/data_wait_s": 0.01, "optim/attempt": attempt,
+        }  # fmt: skip
+        if step in (4, 7):
+            metrics |= {"dead_neurons/layer_0/reinitialised": 0, "dead_neurons/layer_1/reinitialised": step}
+        monitor.on_step_end(state, metrics)
+        if step % 15 == 0:
+            monitor.on_eval(state, {"eval/loss": 3.0, "eval/ppl": 20.0, "eval/layer_0/l0": 1.5})
+    monitor.on_end(state)
+    return state.wandb_run_id
