@@ -5,6 +5,7 @@ Layers, later ones win: defaults, the chain of `base:` files from the root down,
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from megasparse.config.errors import ConfigError, Problem
 from megasparse.config.files import Key, Yaml12, read_chain
 from megasparse.config.messages import translate
 from megasparse.config.rules import find_problems
-from megasparse.config.schema import Config
+from megasparse.config.schema import Config, L1Config
 from megasparse.config.vocab import tokenizer_vocab_size
 
 
@@ -54,7 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "<dict>") -> Config:
     """A checked configuration from a nested dict, by the same rules as `load_config`."""
     origins = {key: Origin(0, source) for key, _ in _leaves(data)}
-    return _build(dict(data), origins, overrides).config
+    return _build(copy.deepcopy(dict(data)), origins, overrides).config
 
 
 def load_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -97,8 +98,8 @@ def _build(merged: dict[str, Any], origins: dict[Key, Origin], overrides: Sequen
         else:
             cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": size})})
             origins[("model", "vocab_size")] = Origin(-1, cfg.data.tokenizer or "")
-    problems += find_problems(cfg)
-    problems += _l1_keys_of_other_modes(cfg, origins)
+    cfg, ignored = _settle_l1(cfg, origins)
+    problems += find_problems(cfg) + ignored
     if problems:
         raise ConfigError(_locate(problems, origins))
     return LoadedConfig(cfg, {".".join(key): origin for key, origin in origins.items()})
@@ -165,27 +166,34 @@ def _leaves(data: Mapping[str, Any], key: Key = ()) -> Iterator[tuple[Key, Any]]
             yield (*key, str(name)), value
 
 
-def _l1_keys_of_other_modes(cfg: Config, origins: dict[Key, Origin]) -> Iterator[Problem]:
-    """Keys of `sparsity.l1` that its mode ignores.
+def _settle_l1(cfg: Config, origins: dict[Key, Origin]) -> tuple[Config, list[Problem]]:
+    """Deal with the keys of `sparsity.l1` that its mode ignores.
 
-    Only those set in the same layer as the mode, or a later one: `sparsity.l1.mode=off` on the command line
-    turns the term off whatever else the file says about it.
+    One set in the same layer as the mode, or in a later one, is a mistake. One of an earlier layer goes back to its
+    default: `sparsity.l1.mode=off` on the command line turns the term off whatever the file says about it.
     """
     constant = {"warmup_steps", "decay_start_step", "decay_steps", "decay_to"}
     target = {"target_l0", "min_coeff", "max_coeff", "gain", "ema_decay"}
     unused = {"off": constant | target | {"coeff", "start_step"}, "constant": target, "target": constant}
-    mode = cfg.sparsity.l1.mode
+    l1 = cfg.sparsity.l1
     since = origins.get(("sparsity", "l1", "mode"), Origin(-1, "default")).rank
-    for name in sorted(unused[mode]):
-        origin = origins.get(("sparsity", "l1", name))
-        if origin is not None and origin.rank >= since:
-            right = "constant" if name in constant else "target" if name in target else "constant or target"
-            yield Problem(
-                f"sparsity.l1.{name}",
-                f"means nothing with sparsity.l1.mode: {mode}",
-                f"set mode: {right}, or leave it out",
-                getattr(cfg.sparsity.l1, name),
-            )
+    problems, resets = [], {}
+    for name in sorted(unused[l1.mode]):
+        key, value, default = ("sparsity", "l1", name), getattr(l1, name), L1Config.model_fields[name].default
+        origin = origins.get(key)
+        if origin is None or value == default:
+            continue
+        if origin.rank < since:
+            resets[name] = default
+            del origins[key]
+            continue
+        right = "constant" if name in constant else "target" if name in target else "constant or target"
+        rule, fix = f"means nothing with sparsity.l1.mode: {l1.mode}", f"set mode: {right}, or leave it out"
+        problems.append(Problem(".".join(key), rule, fix, value))
+    if resets:
+        sparsity = cfg.sparsity.model_copy(update={"l1": l1.model_copy(update=resets)})
+        cfg = cfg.model_copy(update={"sparsity": sparsity})
+    return cfg, problems
 
 
 def _locate(problems: list[Problem], origins: dict[Key, Origin]) -> list[Problem]:

@@ -1,0 +1,181 @@
+"""Every mistake in a configuration gives a message that names file and line, key, value, rule and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megasparse.config import ConfigError, check_files, load_config, parse_config
+from tests.test_config import SMALL
+
+MODEL = "model: {num_layers: 4, hidden_size: 64, ffn_hidden_size: 256, num_attention_heads: 4, vocab_size: 1000}\n"
+GOOD = MODEL + "training: {global_batch_size: 8, steps: 100}\n"
+
+
+def message(call: Any, *args: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+def of_file(tmp_path: Path, text: str, *overrides: str) -> str:
+    (tmp_path / "a.yaml").write_text(text)
+    return message(load_config, tmp_path / "a.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("modle: {}", ["a.yaml:3: modle: unknown key", "did you mean model?"]),
+        (
+            "optimizer: {learning_rate: 1}",
+            ["a.yaml:3: optimizer.learning_rate: unknown key", "optimizer has: lr, min_lr"],
+        ),
+        ("parallel: {tensr: 2}", ["parallel.tensr: unknown key", "did you mean parallel.tensor?"]),
+        (
+            "optimizer: {warmup_steps: 3}",
+            ["unknown key", "sparsity.l1.warmup_steps or optimizer.schedule.warmup_steps"],
+        ),
+        ("data: {seq_length: 3}", ["did you mean data.sequence_length?"]),
+        ("parallel: {tensor: '2'}", ["a.yaml:3: parallel.tensor = '2'", "valid integer", "without quotes"]),
+        ("parallel: {tensor: 2.0}", ["parallel.tensor = 2.0", "valid integer", "write it as 2"]),
+        ("parallel: {tensor: true}", ["parallel.tensor = True", "valid integer"]),
+        ("parallel: {tensor: 0}", ["parallel.tensor = 0", "greater than 0"]),
+        ("parallel: {sequence_parallel: yes}", ["sequence_parallel = 'yes'", "true or false"]),
+        ("parallel: 2", ["parallel = 2: is a section"]),
+        ("optimizer: {lr: -1e-3}", ["optimizer.lr = -0.001", "greater than 0"]),
+        ("optimizer: {betas: [0.9, 1.0]}", ["optimizer.betas = [0.9, 1.0]", "item 2 should be less than 1"]),
+        ("optimizer: {weight_decay_exclude: [norms]}", ["item 1", "did you mean norm?"]),
+        ("training: {precision: fp16}", ["training.precision = 'fp16'", "'bf16' or 'fp32'"]),
+        ("data: {blend: [[a, 0.5]]}", ["data.blend = [['a', 0.5]]"]),
+        ("data: {blend: []}", ["data.blend"]),
+        ("run: {name: a/b}", ["run.name = 'a/b'"]),
+    ],
+)
+def test_single_keys(tmp_path: Path, line: str, words: list[str]) -> None:
+    text = of_file(tmp_path, (GOOD if not line.startswith("training") else MODEL) + line + "\n")
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tensor=3"], ["parallel.tensor = 3", "num_attention_heads = 4", "ffn_hidden_size = 256", "set 255"]),
+        (["model.num_query_groups=3"], ["model.num_query_groups = 3: does not divide model.num_attention_heads = 4"]),
+        (["model.num_query_groups=2", "parallel.tensor=4"], ["does not divide model.num_query_groups = 2"]),
+        (
+            ["model.num_attention_heads=6"],
+            ["model.hidden_size = 64: not a multiple", "set 66, or set model.kv_channels"],
+        ),
+        (["model.kv_channels=15"], ["even head width"]),
+        (["parallel.pipeline=3"], ["model.num_layers = 4: not a multiple of", "3 x 1 = 3", "set 3 layers"]),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=3"], ["2 x 3 = 6", "set 6 layers"]),
+        (["parallel.virtual_pipeline=2"], ["parallel.virtual_pipeline = 2", "parallel.pipeline is 1"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel = True", "parallel.tensor > 1"]),
+        (["parallel.context=3"], ["data.sequence_length = 2048", "not a multiple of 6", "set 2046"]),
+        (
+            ["parallel.tensor=4", "parallel.sequence_parallel=true", "data.sequence_length=1022"],
+            ["multiple of parallel.tensor = 4"],
+        ),
+        (["model.max_position_embeddings=1024"], ["longer than model.max_position_embeddings = 1024"]),
+        (["parallel.context=2", "data.reset_attention_mask=true"], ["not available with context parallelism"]),
+        (["parallel.overlap_param_gather=true"], ["distributed_optimizer: true", "overlap_grad_reduce: true"]),
+        (["training.recompute_layers=2"], ["means nothing with training.recompute: none"]),
+        (["training.recompute=full", "training.recompute_layers=5"], ["a pipeline chunk has 4 layers"]),
+        (["training.recompute=some"], ["'none', 'selective' or 'full'"]),
+        (["optimizer.schedule.warmup_steps=101"], ["more than training.steps = 100"]),
+        (["optimizer.schedule.warmup_steps=100"], ["leaves no step to decay"]),
+        (["optimizer.schedule.decay_steps=101"], ["after training.steps = 100"]),
+        (["optimizer.schedule.kind=wsd"], ["needs the length of its final decay", "set for example 20"]),
+        (
+            ["optimizer.schedule={kind: wsd, warmup_steps: 50, decay_steps: 60}"],
+            ["longer than training.steps = 100", "set at most 50"],
+        ),
+        (["optimizer.schedule={kind: constant, decay_steps: 60}"], ["means nothing with kind: constant"]),
+        (["optimizer.min_lr=1"], ["optimizer.min_lr = 1.0: above optimizer.lr"]),
+        (["sparsity.l1.mode=target"], ["sparsity.l1.target_l0 = None", "set for example 5"]),
+        (["sparsity.l1={mode: target, target_l0: 257}"], ["more active neurons than model.ffn_hidden_size = 256"]),
+        (["sparsity.l1={mode: target, target_l0: [3, 4]}"], ["2 targets for model.num_layers = 4"]),
+        (["sparsity.l1={mode: target, target_l0: 3, coeff: 1}"], ["outside min_coeff .. max_coeff"]),
+        (["sparsity.l1={mode: constant, gain: 1}"], ["sparsity.l1.gain = 1.0: means nothing", "set mode: target"]),
+        (["sparsity.l1={mode: target, target_l0: 3, decay_to: 1}"], ["set mode: constant, or leave it out"]),
+        (["sparsity.l1.coeff=1e-5"], ["means nothing with sparsity.l1.mode: off"]),
+        (["sparsity.l1={mode: constant, start_step: 100}"], ["never reached"]),
+        (["sparsity.l1={mode: constant, warmup_steps: 9, decay_start_step: 8}"], ["end of the warm-up at step 9"]),
+        (["data.blend=a", "data.train=b"], ["use blend with split, or train, valid and test"]),
+        (["data.valid=b"], ["data.train", "give a blend for training"]),
+        (["data.split=1,2"], ["data.split = '1,2'", '"969,30,1"']),
+        (["data={blend: a, split: '1,0,0'}"], ["leaves nothing for validation"]),
+        (["data={blend: a, split: '0,1,0'}"], ["leaves nothing for training"]),
+        (["model.rope_scaling={high_freq_factor: 1}"], ["not above low_freq_factor = 1.0"]),
+        (["steps"], ["command line: steps: not an override", "section.key=value"]),
+        (["training.steps=[1"], ["training.steps", "not a YAML value"]),
+        (
+            ["training.stepz=3"],
+            ["override training.stepz=3: training.stepz: unknown key", "did you mean training.steps?"],
+        ),
+    ],
+)
+def test_rules(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    text = of_file(tmp_path, GOOD, *overrides)
+    for word in words:
+        assert word in text
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    text = of_file(tmp_path, GOOD, "parallel.tensor=3", "optimizer.min_lr=1", "data.split=x")
+    assert text.startswith("4 problems in the configuration\n")
+    text = of_file(tmp_path, "model: {num_layers: 4, hidden: 3}\n")
+    for word in ("model.hidden: unknown key", "model.ffn_hidden_size: missing", "training: missing"):
+        assert word in text
+
+
+def test_files(tmp_path: Path) -> None:
+    assert "a.yaml:3: not valid YAML" in of_file(tmp_path, GOOD + "optimizer: {lr: 1").replace("yaml: ", "", 1)
+    assert "a.yaml:4: training.steps: given twice (first in line 3)" in of_file(
+        tmp_path, MODEL + "training:\n  steps: 1\n  steps: 2\n"
+    )
+    assert "holds a list, not sections" in of_file(tmp_path, "- a\n")
+    assert "sections are run, model" in of_file(tmp_path, "- a\n")
+    (tmp_path / "a.yaml").write_bytes(b"a: \xff\n")
+    assert "cannot be read" in message(load_config, tmp_path / "a.yaml")
+    assert f"did you mean {tmp_path / 'a.yaml'}?" in message(load_config, tmp_path / "aa.yaml")
+
+
+def test_base_files(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("base: c.yaml\n")
+    (tmp_path / "c.yaml").write_text("run: {}\nbase: a.yaml\n")
+    text = of_file(tmp_path, "base: b.yaml\n")
+    assert "c.yaml:2: base: files build on each other in a circle: a.yaml -> b.yaml -> c.yaml -> a.yaml" in text
+    assert "a.yaml:1: base = " in of_file(tmp_path, "base: none.yaml\n")
+    assert "not the path of one YAML file" in of_file(tmp_path, "base: [b.yaml]\n")
+    (tmp_path / "c.yaml").write_text(GOOD + "optimizer: {lr: x}\n")
+    assert "c.yaml:3: optimizer.lr = 'x'" in of_file(tmp_path, "base: b.yaml\n"), "the file that set it is named"
+
+
+def test_world_size() -> None:
+    cfg = parse_config(SMALL, ["parallel.tensor=2", "parallel.pipeline=2"])
+    cfg.validate(8)
+    text = message(cfg.validate, 6)
+    assert "6 ranks is not a multiple of tensor x pipeline x context = 2 x 2 x 1 = 4" in text
+    assert "training.global_batch_size = 8: not a multiple of micro_batch_size x data-parallel size = 1 x 3" in message(
+        cfg.validate, 12
+    )
+    interleaved = parse_config(SMALL, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])
+    interleaved.validate(8)
+    assert "gives 1 micro-batches per step" in message(interleaved.validate, 16)
+
+
+def test_inputs_are_checked(tmp_path: Path) -> None:
+    assert "write one with `megasparse preprocess`" in message(check_files, parse_config(SMALL))
+    data = {"blend": str(tmp_path / "absent"), "tokenizer": str(tmp_path / "tokenizer")}
+    text = message(check_files, parse_config({**SMALL, "data": data, "checkpoint": {"load": str(tmp_path / "old")}}))
+    assert text.startswith("3 problems")
+    for word in ("absent.bin and no file", "data.tokenizer", "checkpoint.load"):
+        assert word in text
+    (tmp_path / "broken.json").write_text("{}")
+    data = {"tokenizer": str(tmp_path / "broken.json")}
+    assert "not a readable tokenizer" in message(parse_config, {**SMALL, "data": data})
