@@ -222,20 +222,30 @@ def _layers_in_flight(cfg: Config, stage: int, micro_batches: int) -> float:
 
 
 def _mlp_saved(cfg: Config, l0: float | None) -> int:
-    """Bytes one MLP saves for its backward, per micro-batch, besides its input; `l0` None: the dense path."""
-    tokens, width = _tokens(cfg), cfg.model.ffn_hidden_size // cfg.parallel.tensor
-    products = 2 if cfg.model.gated else 1
-    if l0 is None:
-        return tokens * products * width * _element(cfg)
-    from megasparse.mlp.dispatch import LayerRouter
-    from megasparse.mlp.twell import Sizes
+    """Bytes one MLP saves for its backward, per micro-batch, besides its input; `l0` None: the dense path.
 
-    router = LayerRouter("sparse", width, cfg.model.hidden_size)
-    router.update(l0 / cfg.parallel.tensor, 1.0)
-    sizes = Sizes.of(tokens, width)
-    pattern = sizes.padded_tokens * sizes.position_tiles * (8 + 2) + 8 * (sizes.padded_tokens + 1)
-    lists = sizes.token_tiles * (8 * sizes.position_tiles + 4 * sizes.padded_hidden) + 16 * (sizes.token_tiles + 1)
-    return pattern + lists + (router.capacity(tokens) or 0) * products * _element(cfg)
+    Not a formula: the operation runs on tensors without storage, and what autograd keeps is counted.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megasparse.mlp import sparse_mlp
+    from megasparse.mlp.dispatch import LayerRouter
+
+    tokens, hidden, width = _tokens(cfg), cfg.model.hidden_size, cfg.model.ffn_hidden_size // cfg.parallel.tensor
+    capacity = None
+    if l0 is not None:
+        router = LayerRouter("sparse", width, hidden)
+        router.update(l0 / cfg.parallel.tensor, 1.0)
+        capacity = router.capacity(tokens)
+    kept: list[int] = []
+    dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
+    rows = (2 if cfg.model.gated else 1) * width
+    with FakeTensorMode():
+        inputs = [torch.empty(size, hidden, dtype=dtype, requires_grad=True) for size in (tokens, rows, width)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes), lambda _: inputs[0]):
+            sparse_mlp(*inputs, path="dense" if l0 is None else "sparse", capacity=capacity)
+        return sum(kept) - sum(tensor.nbytes for tensor in inputs)
 
 
 def _attention_saved(cfg: Config) -> int:
