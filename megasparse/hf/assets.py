@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megasparse.config import ConfigError
-from megasparse.config.vocab import tokenizer_vocab_size
 from megasparse.hf.errors import ConvertError
 
 TOKENIZER_FILES = (
@@ -24,7 +22,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
-def write_tokenizer(source: str, vocab_size: int, output: Path) -> dict[str, Any]:
+def write_tokenizer(source: str, vocab_size: int, output: Path) -> tuple[dict[str, Any], int]:
     """Put a tokenizer and what lies beside it into a model's folder, so that `AutoTokenizer` loads it there.
 
     Args:
@@ -32,39 +30,42 @@ def write_tokenizer(source: str, vocab_size: int, output: Path) -> dict[str, Any
         vocab_size: of the model, which must hold every token.
 
     Returns:
-        bos_token_id, eos_token_id, pad_token_id, as far as the folder or the tokenizer knows them.
+        bos_token_id, eos_token_id, pad_token_id, as far as the folder or the tokenizer knows them; and the number of
+        tokens (the largest id + 1).
 
     Raises:
         ConvertError: there is no tokenizer, or it has more tokens than the model.
     """
+    from transformers import AutoTokenizer
+
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
     try:
-        size = tokenizer_vocab_size(source)
-    except ConfigError as error:
+        if path.is_dir() or (path.is_file() and (folder / "tokenizer_config.json").is_file()):
+            copy_assets(folder, output)
+        elif path.is_file():
+            _from_json(path, output)
+        else:
+            AutoTokenizer.from_pretrained(source).save_pretrained(output)
+        tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
+        size = max(tokenizer.get_vocab().values()) + 1
+    except Exception as error:  # transformers raises many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConvertError(
-            f"tokenizer {source}: not a readable tokenizer ({error.problems[0].rule}); name it with --tokenizer "
-            "PATH, or "
-            "leave it out with --no-tokenizer"
+            f"tokenizer {source}: does not load in transformers ({reason}); name another with --tokenizer PATH, or "
+            "leave "
+            "it out with --no-tokenizer"
         ) from None
     if size > vocab_size:
         raise ConvertError(
             f"tokenizer {source}: has {size} tokens, the model {vocab_size}; give the tokenizer that the model was "
-            "trained "
-            "with (--tokenizer PATH)"
+            "trained with (--tokenizer PATH)"
         )
-    path = Path(source)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() or (path.is_file() and (folder / "tokenizer_config.json").is_file()):
-        copy_assets(folder, output)
-    elif path.is_file():
-        _from_json(path, output)
-    else:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(source).save_pretrained(output)
-    ids = _ids_of_tokenizer(output)
-    for name in ("config.json", GENERATION):
-        ids.update({key: value for key, value in _json(folder / name).items() if key in _IDS and path.exists()})
-    return ids
+    ids = {key: value for key in _IDS if (value := getattr(tokenizer, key)) is not None}
+    if path.exists():
+        for name in ("config.json", GENERATION):
+            ids.update({key: value for key, value in _json(folder / name).items() if key in _IDS})
+    return ids, size
 
 
 def copy_assets(source: Path, output: Path) -> None:
@@ -97,19 +98,6 @@ def _from_json(path: Path, output: Path) -> None:
         shutil.copyfile(path, output / "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _ids_of_tokenizer(folder: Path) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many types
-        raise ConvertError(
-            f"the tokenizer's files do not load in transformers ({error}); give another one with --tokenizer PATH, or "
-            "leave it out with --no-tokenizer"
-        ) from None
-    return {key: value for key in _IDS if (value := getattr(tokenizer, key)) is not None}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -212,7 +212,10 @@ def write_checkpoint(
     planner = _Streaming(weights, num_layers, dtype, read, done)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except dcp.CheckpointException as error:  # wraps whatever was raised, an interruption too
+            raise next(iter(error.failures.values()))[0] from None
     torch.save(common, path / COMMON)
     (path / "metadata.json").write_text(json.dumps(FORMAT))
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.config.vocab import tokenizer_vocab_size
 from megasparse.hf.architectures import architecture_of
 from megasparse.hf.assets import write_generation_config, write_tokenizer
 from megasparse.hf.config import to_hf_config
@@ -100,8 +99,7 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     ) as folder:
         ids: dict[str, Any] = {}
         if tokenizer is not None:
-            ids = write_tokenizer(tokenizer, vocab_size, folder)
-            size = tokenizer_vocab_size(str(folder))
+            ids, size = write_tokenizer(tokenizer, vocab_size, folder)
             if size < vocab_size:
                 notes.append(f"the tokenizer uses {size} of the model's {vocab_size} tokens")
         name = str(dtype).removeprefix("torch.")

@@ -147,3 +147,46 @@ def load(raw: dict[str, Any], path: Path, vocabulary: int) -> np.ndarray | None:
     cfg, model = _start(raw)
     Checkpointer(cfg).load_weights(path, [model], None)
     return _logits(model, vocabulary)
+
+
+def verify(checkpoint: Path, folder: Path) -> Any:
+    """`compare` in a process without a process group."""
+    from megasparse.hf.verify import compare
+
+    dist.destroy_process_group()
+    return compare(checkpoint, folder, tokens=48)
+
+
+def write_plain(path: Path, raw: dict[str, Any], scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of a configuration with random weights, written without Megatron."""
+    from megasparse.config import parse_config
+    from megasparse.hf.architectures import architecture_of
+    from megasparse.hf.megatron_files import write_checkpoint
+    from megasparse.hf.tensors import weights
+    from megasparse.training.checkpoint_files import seal
+
+    cfg = parse_config(raw)
+    listed = weights(cfg.model, architecture_of(cfg.model), cfg.padded_vocab_size(1))
+    path.mkdir(parents=True)
+    common = {"run": {"step": 0, "config": cfg.model_dump(mode="json")}}
+    generator = torch.Generator().manual_seed(0)
+    write_checkpoint(
+        path,
+        listed,
+        cfg.model.num_layers,
+        dtype,
+        common,
+        lambda weight: scale * torch.randn(weight.shape, generator=generator, dtype=dtype),
+        lambda count: None,
+    )
+    seal(path, 0)
+    return path
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and modification time of every file of a folder."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
