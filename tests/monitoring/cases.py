@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 from megasparse.config import parse_config
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.monitoring.monitor import Monitor
+from megasparse.monitoring.record import read_records
 from megasparse.training.callbacks import Metrics, TrainState
 from megasparse.training.l1 import L1Controller
 from tests.megatron.cases import SEQUENCE, Model, make_config, start
@@ -171,3 +173,34 @@ def hand_run(directory: Path, first: int, last: int, run_id: str | None, attempt
             monitor.on_eval(state, {"eval/loss": 3.0, "eval/ppl": 20.0, "eval/layer_0/l0": 1.5})
     monitor.on_end(state)
     return state.wandb_run_id
+
+
+def cost_run(directory: Path, steps: int) -> list[float]:
+    """Train a GPT of the quickstart's width with every sink on; perf/monitor_share of each record."""
+    cfg = make_config(
+        model__hidden_size=128, model__ffn_hidden_size=512, training__micro_batch_size=32,
+        training__global_batch_size=64, training__steps=steps,
+    )  # fmt: skip
+    wandb = cfg.logging.wandb.model_copy(update={"mode": "offline"})
+    logs = {"directory": str(directory), "console": False, "report": False, "wandb": wandb}
+    cfg = cfg.model_copy(update={"logging": cfg.logging.model_copy(update=logs)})
+    start(cfg)
+    model = Model(cfg, coeff=1e-3)
+    mlps = list(iter_sparse_mlps(model.chunks))
+    state = TrainState(
+        cfg=cfg, model=model.ddp, optimizer=None, scheduler=None, l1=L1Controller(cfg), mlps=mlps,
+        is_writer=True, run_directory=directory,
+    )  # fmt: skip
+    monitor = Monitor()
+    monitor.on_start(state)
+    for step in range(1, steps + 1):
+        monitor.on_step_start(state)
+        started = time.perf_counter()
+        loss = model.forward_backward(step)
+        for mlp in mlps:
+            mlp.recorder.end_step()
+        state.step = step
+        monitor.on_step_end(state, {"loss/lm": loss, "perf/step_time_s": time.perf_counter() - started})
+    monitor.on_end(state)
+    records = read_records(directory / "metrics.jsonl")
+    return [float(record.metrics["perf/monitor_share"] or 0) for record in records]

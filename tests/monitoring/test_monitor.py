@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,10 @@ def test_resume_and_rollback_keep_one_run_in_both_sinks(tmp_path: Path) -> None:
     history = OfflineRun(directory).history
     steps = [(row["_step"], row.get("optim/attempt")) for row in history]
     assert steps == [(1, 1), (10, 1), (15, None), (20, 2), (30, 2)]
+
+
+def test_observing_costs_less_than_one_percent(tmp_path: Path) -> None:
+    """At the default interval, JSONL and W&B on. The first records hold one-off costs of the W&B client."""
+    (shares,) = run_distributed(1, "tests.monitoring.cases:cost_run", tmp_path, 50)
+    assert len(shares) == 6
+    assert statistics.median(shares[2:]) < 0.01

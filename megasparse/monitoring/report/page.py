@@ -44,7 +44,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font
 th,td{padding:6px 12px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;color:var(--quiet);font-size:13px}
 td:first-child,th:first-child,.left td,.left th{text-align:left}
-.left td{white-space:normal;overflow-wrap:anywhere}
+.left td+td{white-space:normal;overflow-wrap:anywhere}
 tr:last-child td{border-bottom:0}
 details{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:10px 16px;margin-top:10px}
 summary{cursor:pointer;font-weight:600}

@@ -185,7 +185,7 @@ def _sparsity(runs: Sequence[Run]) -> str:
         grid = run.grid("dead_fraction")
         title = f"{_prefix(run, runs)}Dead neurons per layer over time"
         note = "Share of a layer's neurons that fired for no token in the window"
-        figures.append(heat_map(title, grid, low=0.0, high=max([*grid.finite(), 1e-6]), unit=percent, note=note))
+        figures.append(heat_map(title, grid, low=0.0, high=max([*grid.finite(), 0.01]), unit=percent, note=note))
     return section("Sparsity", *figures)
 
 
