@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randint", "randn", "tensor", "zeros")
+_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randint", "randn", "tensor", "zeros")
 _originals: list[tuple[Any, str, Any]] = []
 
 

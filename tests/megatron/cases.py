@@ -22,6 +22,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megasparse.config import Config, parse_config
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.megatron.init import global_name
+from megasparse.megatron.torch_adam import prepare_torch_adam
 
 SEQUENCE, BATCH, VOCAB = 16, 4, 96
 
@@ -251,7 +252,9 @@ def _optimizer(tiny: Model) -> Any:
         optimizer="adam", lr=1e-2, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0, weight_decay=0.1,
         use_distributed_optimizer=tiny.cfg.parallel.distributed_optimizer,
     )  # fmt: skip
-    return get_megatron_optimizer(config, tiny.ddp)
+    optimizer = get_megatron_optimizer(config, tiny.ddp)
+    prepare_torch_adam(optimizer)
+    return optimizer
 
 
 def _state(tiny: Model, optimizer: Any, loading: bool) -> dict[str, Any]:
@@ -285,6 +288,7 @@ def train(
         optimizer.load_state_dict(loaded["optimizer"])
     losses, norms = [], []
     for step in steps:
+        optimizer.zero_grad()
         losses.append(tiny.forward_backward(step))
         fine, norm, _ = optimizer.step()
         assert fine
