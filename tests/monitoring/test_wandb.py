@@ -9,7 +9,7 @@ import pytest
 from megasparse.monitoring.environment import read_json
 from megasparse.monitoring.record import Record, read_records
 from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink
-from megasparse.monitoring.sinks.wandb import STATE_FILE, WandbSink
+from megasparse.monitoring.sinks.wandb import STATE_FILE, WandbSink, step_offset
 from tests.monitoring.wandb_file import OfflineRun, offline_runs
 
 
@@ -131,3 +131,25 @@ def test_without_a_login_the_run_goes_on_offline_with_a_warning(
     sink = session(tmp_path, 1, 2, mode="online")
     assert "the run goes on offline" in caplog.text
     assert OfflineRun(offline_runs(tmp_path)[0]).id == sink.run_id
+
+
+@pytest.mark.parametrize(
+    ("last_step", "offset", "starting_step", "resumed_step", "expected"),
+    [
+        (0, 0, 0, 0, 0),  # a new run
+        (100, 0, 101, 100, 0),  # stopped and resumed where it was
+        (100, 0, 96, 100, 0),  # killed: the server lacks the last points
+        (95, 0, 96, 100, 0),  # the last record lies before the checkpoint
+        (100, 0, 101, 60, 40),  # rolled back: iteration 61 becomes W&B step 101
+        (100, 40, 141, 100, 40),  # later resumed without a rollback: W&B steps go on
+        (100, 40, 141, 80, 60),  # rolled back again
+        (0, 0, 141, 100, 40),  # the directory was lost: the server's word counts
+    ],
+)
+def test_online_steps_after_a_rollback_are_new_ones(
+    last_step: int, offset: int, starting_step: int, resumed_step: int, expected: int
+) -> None:
+    """W&B drops points whose step it has passed; nothing of a run is to be dropped."""
+    result = step_offset({"last_step": last_step, "offset": offset}, starting_step, resumed_step)
+    assert result == expected
+    assert resumed_step + 1 + result >= starting_step

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,9 +108,7 @@ class WandbSink:
             return None
         finally:
             client.setLevel(level)
-        # The server may lack the last points of a killed process, or this directory those of another machine.
-        logged = max(int(previous.get("last_step", 0)) + int(previous.get("offset", 0)), run.starting_step - 1)
-        self._offset = max(int(previous.get("offset", 0)), logged - resumed_step)
+        self._offset = step_offset(previous, run.starting_step, resumed_step)
         if self._offset:
             run.define_metric(STEP_METRIC)
             run.define_metric("*", step_metric=STEP_METRIC)
@@ -150,6 +148,21 @@ class WandbSink:
     def close(self, exit_code: int = 0) -> None:
         """Upload what is left (online) and end the W&B run; a later start resumes it."""
         self._run.finish(exit_code=exit_code)
+
+
+def step_offset(previous: Mapping[str, Any], starting_step: int, resumed_step: int) -> int:
+    """What to add to an iteration so that its W&B step is beyond every one that the run has.
+
+    Args:
+        previous: wandb.json of the start before: `last_step` (iteration) and `offset`; {} for none.
+        starting_step: the first W&B step that the server still takes.
+        resumed_step: iterations done.
+
+    The server may lack the last points of a killed process, or this directory those of another machine.
+    """
+    offset = int(previous.get("offset", 0))
+    logged = max(int(previous.get("last_step", 0)) + offset, starting_step - 1)
+    return max(offset, logged - resumed_step)
 
 
 def _move_away(directories: Sequence[Path], to: Path) -> None:
