@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -207,6 +208,11 @@ def _preprocess(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quiet_megatron() -> None:
+    """Megatron warns of absent optional packages, from every rank; `megasparse doctor` says that once, with the cost."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+
+
 def _pretrain(args: argparse.Namespace) -> int:
     from megasparse.config import check_files, load_with_origins
 
@@ -217,12 +223,14 @@ def _pretrain(args: argparse.Namespace) -> int:
         print_plan(loaded, args.world_size, args.l0, args.gpu_memory)
         return 0
     check_files(loaded.config)
+    _quiet_megatron()
     from megasparse.training.loop import pretrain
 
     return pretrain(loaded.config)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    _quiet_megatron()
     from megasparse.training.evaluate import evaluate
 
     evaluate(args.checkpoint, args.overrides)
