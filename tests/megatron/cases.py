@@ -21,7 +21,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megasparse.config import Config, parse_config
 from megasparse.megatron import build_model, iter_sparse_mlps
-from megasparse.megatron.init import global_name
+from megasparse.megatron.init import fill_normal, global_name
 from megasparse.megatron.torch_adam import prepare_torch_adam
 
 SEQUENCE, BATCH, VOCAB = 16, 4, 96
@@ -84,6 +84,13 @@ def batch(cfg: Config, step: int, masked: bool) -> dict[str, torch.Tensor]:
     }
 
 
+def document_mask() -> torch.Tensor:
+    """bool [SEQUENCE, SEQUENCE], True where a token must not look: ahead, or into another document."""
+    document = torch.tensor([0] * 5 + [1] * 7 + [2] * (SEQUENCE - 12))
+    ahead = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    return ahead | (document[:, None] != document[None, :])
+
+
 class Model:
     """Chunks wrapped for data parallelism, as Megatron trains them."""
 
@@ -132,17 +139,27 @@ class Model:
             yield get_batch_on_this_cp_rank(part)
 
     def forward_backward(
-        self, step: int = 0, *, masked: bool = False, cross_entropy: float = 1.0, forward_only: bool = False
+        self,
+        step: int = 0,
+        *,
+        masked: bool = False,
+        cross_entropy: float = 1.0,
+        forward_only: bool = False,
+        documents: bool = False,
     ) -> float:
         """One global batch; gradients end up in main_grad, reduced. Returns the mean loss on the last stage."""
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         whole = batch(self.cfg, step, masked)
+        if documents:
+            whole["attention_mask"] = document_mask().expand(BATCH, 1, SEQUENCE, SEQUENCE)
 
         def forward_step(iterator: Iterator[dict[str, torch.Tensor]], chunk: torch.nn.Module) -> Any:
             part = next(iterator)
             padding = {"padding_mask": part["loss_mask"] == 0} if masked and self.pass_mask else {}
-            losses = chunk(part["tokens"], part["position_ids"], None, labels=part["labels"], **padding)
+            losses = chunk(
+                part["tokens"], part["position_ids"], part.get("attention_mask"), labels=part["labels"], **padding
+            )
 
             def loss(output: torch.Tensor) -> Any:
                 total = (output * part["loss_mask"]).sum()
@@ -216,7 +233,9 @@ def gradients(config: dict[str, Any], model: dict[str, Any], step: dict[str, Any
     return loss, tiny.shards(gradients=True)
 
 
-def statistics(config: dict[str, Any], model: dict[str, Any], step: dict[str, Any], eval_mode: bool, no_grad: bool) -> Any:
+def statistics(
+    config: dict[str, Any], model: dict[str, Any], step: dict[str, Any], eval_mode: bool, no_grad: bool
+) -> Any:
     """One global batch: per sparse MLP (layer_index, tensor-parallel rank, its sums)."""
     cfg = make_config(**config)
     start(cfg)
@@ -373,3 +392,45 @@ def plain_state(config: dict[str, Any]) -> tuple[bool, bool]:
             ours.load_state_dict(theirs.state_dict())
         results.append(abs(source.forward_backward() - target.forward_backward()) < 1e-5)
     return results[0], results[1]
+
+
+def hybrid_mlp_layer(l1_layers: int, coeff: float) -> tuple[float, float]:
+    """The `-` layer of hybrid models: (L1 gradient of its down projection's largest entry's size, sum of |h|)."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megasparse.megatron import hybrid_mlp_layer_spec, transformer_config
+
+    cfg = make_config()
+    start(cfg)
+    config = transformer_config(cfg)
+    spec = hybrid_mlp_layer_spec("local", l1_coeff=coeff, l1_layers=l1_layers)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layer = build_module(spec, config=config, layer_number=3, pg_collection=groups)
+    mlp = layer.mlp
+    for name, parameter in layer.named_parameters():
+        if parameter.dim() == 2:
+            fill_normal(parameter, name, 1, 0.2)
+    x = torch.randn(SEQUENCE, 2, cfg.model.hidden_size, generator=torch.Generator().manual_seed(0))
+    output, _ = layer(hidden_states=x, attention_mask=None)
+    assert output.shape == x.shape
+    assert mlp.layer_index == 2
+    (output * 0.0).sum().backward()
+    return float(mlp.linear_fc1.weight.grad.abs().max()), float(mlp.recorder.l1)
+
+
+def wrong_mask() -> None:
+    cfg = make_config()
+    start(cfg)
+    mlp = next(iter_sparse_mlps(Model(cfg).chunks))
+    mlp(torch.zeros(SEQUENCE, 2, cfg.model.hidden_size), padding_mask=torch.zeros(3, SEQUENCE, dtype=torch.bool))
+
+
+def no_micro_batches() -> None:
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+    cfg = make_config()
+    start(cfg)
+    tiny = Model(cfg, per_token=False)
+    unset_num_microbatches_calculator()
+    tiny.forward_backward()

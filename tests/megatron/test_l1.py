@@ -22,7 +22,13 @@ def oracle(masked: bool, gated: bool = True) -> tuple[Arrays, list[dict[str, Any
 
 
 def check(
-    layout: str, *, masked: bool, model: dict[str, Any] | None = None, gated: bool = True, scale: float = 1.0, **config: Any
+    layout: str,
+    *,
+    masked: bool,
+    model: dict[str, Any] | None = None,
+    gated: bool = True,
+    scale: float = 1.0,
+    **config: Any,
 ) -> None:
     model = {"coeff": COEFF, **(model or {})}
     step = {"masked": masked, "cross_entropy": 0.0}

@@ -1,0 +1,67 @@
+"""Core attention against the formula, and context parallelism with a document mask against none."""
+
+import math
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+
+from megasparse.megatron.attention import SDPAttention
+from megasparse.megatron.model import transformer_config
+from tests.megatron.cases import SEQUENCE, document_mask, make_config
+from tests.megatron.helpers import assert_close, run_gradients
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    scores = torch.einsum("sbhd,tbhd->bhst", q, k) / math.sqrt(q.shape[-1])
+    weights = scores.masked_fill(forbidden, float("-inf")).softmax(-1)
+    return torch.einsum("bhst,tbhd->sbhd", weights, v).flatten(2)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("mask", ["causal", "documents", "last queries", "none"])
+def test_against_the_formula(mask: str, groups: int) -> None:
+    torch.manual_seed(0)
+    queries = 5 if mask == "last queries" else SEQUENCE
+    q = torch.randn(queries, 2, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(SEQUENCE, 2, groups, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ahead = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    forbidden = {
+        "causal": ahead,
+        "documents": document_mask(),
+        "last queries": ahead[-queries:],
+        "none": torch.zeros_like(ahead),
+    }[mask]
+    config = transformer_config(make_config())
+    kind = AttnMaskType.no_mask if mask == "none" else AttnMaskType.causal
+    attention = SDPAttention(config, 1, kind, "self")
+    given = forbidden[None, None] if mask == "documents" else None
+    actual = attention(q, k, v, given)
+    expected = naive(q, k, v, forbidden)
+    torch.testing.assert_close(actual, expected)
+    weight = torch.randn_like(expected)
+    for got, want in zip(
+        torch.autograd.grad((actual * weight).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_refuses_what_it_does_not_do() -> None:
+    attention = SDPAttention(transformer_config(make_config()), 1, AttnMaskType.causal, "self")
+    q = torch.zeros(4, 1, 4, 8)
+    with pytest.raises(NotImplementedError, match="Transformer Engine"):
+        attention(q, q, q, None, attention_bias=torch.zeros(1))
+
+
+@pytest.mark.parametrize("layout", ["cp2", "tp2-sp-pp2"])
+def test_document_mask_under_parallelism(layout: str) -> None:
+    loss, gradients = run_gradients(layout, {"coeff": 1e-2}, {"documents": True})
+    expected_loss, expected = run_gradients("one", {"coeff": 1e-2}, {"documents": True})
+    causal_loss, _ = run_gradients("one", {"coeff": 1e-2})
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert abs(causal_loss - expected_loss) > 1e-3
+    assert_close(gradients, expected, 2e-5)

@@ -1,0 +1,80 @@
+"""What the specs and the module accept and refuse, and the `-` layer of hybrid models."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megasparse.megatron import layer_spec, spec, transformer_config
+from megasparse.megatron.norm import Norm
+from megasparse.megatron.sparse_mlp import SparseMLP, _check
+from tests.launch import run_distributed
+from tests.megatron.cases import dense_mlp, make_config
+from tests.megatron.helpers import run_gradients
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_func": F.silu}, "not torch.nn.functional.relu"),
+        ({"add_bias_linear": True}, "--disable-bias-linear"),
+        ({"activation_func_clamp_value": 1.0}, "activation_func_clamp_value"),
+        ({"ffn_hidden_size": 47}, "47 is not divisible by the tensor-parallel size 2"),
+    ],
+)
+def test_refuses_other_mlps(change: dict[str, Any], message: str) -> None:
+    config = dataclasses.replace(transformer_config(make_config()), **change)
+    with pytest.raises(ValueError, match=message):
+        _check(config, config.ffn_hidden_size, 2, is_expert=False)
+
+
+def test_spec_for_megatron_lm() -> None:
+    """What `--spec megasparse.megatron.spec gpt_layer` looks up."""
+    chosen = vars(spec)["gpt_layer"]
+    assert chosen.module is TransformerLayer
+    assert chosen.submodules.mlp.module is SparseMLP
+    assert layer_spec("local", mlp=dense_mlp()).submodules.mlp.module is not SparseMLP
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
+def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
+    with pytest.raises(RuntimeError, match="Transformer Engine cannot be used here"):
+        layer_spec("te")
+    with pytest.raises(RuntimeError, match="recompute_modules"):
+        transformer_config(
+            make_config(training__recompute="selective", training__recompute_modules=["layernorm", "mlp"])
+        )
+
+
+def test_norm_names_what_it_cannot_build() -> None:
+    config = transformer_config(make_config())
+    with pytest.raises(ValueError, match="L2Norm"):
+        Norm(dataclasses.replace(config, normalization="L2Norm"), 8)
+
+
+def test_padding_mask_of_a_wrong_shape() -> None:
+    with pytest.raises(AssertionError, match="padding_mask"):
+        run_distributed(1, "tests.megatron.cases:wrong_mask")
+
+
+def test_hybrid_mlp_layer_averages_over_its_own_kind() -> None:
+    ((one, total),) = run_distributed(1, "tests.megatron.cases:hybrid_mlp_layer", 1, 1e-2)
+    ((four, same),) = run_distributed(1, "tests.megatron.cases:hybrid_mlp_layer", 4, 1e-2)
+    assert total == pytest.approx(same)
+    assert total > 0
+    assert one == pytest.approx(4 * four, rel=1e-5)
+
+
+def test_l1_without_the_number_of_micro_batches() -> None:
+    with pytest.raises(AssertionError, match="calculate_per_token_loss"):
+        run_distributed(1, "tests.megatron.cases:no_micro_batches")
+
+
+def test_learned_weights_differ_from_no_l1() -> None:
+    _, with_l1 = run_gradients("one", {"coeff": 1.0})
+    _, without = run_gradients("one")
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    assert abs(with_l1[name] - without[name]).max() > 1e-3
