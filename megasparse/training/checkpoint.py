@@ -34,7 +34,9 @@ from megasparse.config import Config
 from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_files import (
     CheckpointError,
+    DamagedError,
     Found,
+    checksum,
     examine,
     find_checkpoints,
     partial_directory,
@@ -142,11 +144,15 @@ class Checkpointer:
             self._queue.close()
 
     def _complete(self, partial_path: Path, step: int) -> None:
-        final = Path(_on_first_rank(partial(self._publish, partial_path, step)))
-        self._on_saved(final)
+        # Every rank reads back what it wrote itself, while it is still in the page cache of its node.
+        own = {file.name: checksum(file) for file in partial_path.glob(f"__{dist.get_rank()}_*.distcp")}
+        gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, own)
+        checksums = {name: value for part in gathered for name, value in part.items()}
+        self._on_saved(Path(_on_first_rank(partial(self._publish, partial_path, step, checksums))))
 
-    def _publish(self, partial_path: Path, step: int) -> Path:
-        final = publish(partial_path, step)
+    def _publish(self, partial_path: Path, step: int, checksums: dict[str, int]) -> Path:
+        final = publish(partial_path, step, checksums)
         for path in prune(self._root, self._cfg.checkpoint.keep_last, self._cfg.checkpoint.keep_every):
             log.info("checkpoint: removed %s", path)
         log.info("checkpoint: saved %s", final)
@@ -168,10 +174,8 @@ class Checkpointer:
             if problem is None:
                 try:
                     extra = self.load(item.path, state)
-                except CheckpointError:
-                    raise
-                except Exception as error:  # readers of damaged files raise all kinds; every rank raises together
-                    problem = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+                except DamagedError as error:
+                    problem = str(error)
                 else:
                     state.resumed_from = item.path
                     return extra
@@ -188,6 +192,7 @@ class Checkpointer:
 
     def load(self, path: Path, state: TrainState) -> dict[str, Any]:
         """Loads everything from a checkpoint into `state`. Returns the `extra` it was saved with."""
+        _check_content(path)
         common = dist_checkpointing.load_common_state_dict(str(path))
         check_same_model(self._cfg, common["run"]["config"], path, optimizer=True)
         same_layout = common["run"]["layout"] == _layout(self._cfg)
@@ -218,6 +223,7 @@ class Checkpointer:
 
     def load_weights(self, path: Path, model: Sequence[torch.nn.Module], optimizer: Any) -> int:
         """Loads the model alone. `optimizer` (or None) takes its master weights from it. Returns the saved step."""
+        _check_content(path)
         common = dist_checkpointing.load_common_state_dict(str(path))
         check_same_model(self._cfg, common["run"]["config"], path, optimizer=False)
         self._set_model(model, self._load(path, self._model_content(model)))
@@ -294,11 +300,26 @@ def check_same_model(cfg: Config, saved: dict[str, Any], path: Path, optimizer: 
         )
 
 
+def _check_content(path: Path) -> None:
+    """Compares all files with their checksums, each rank its share of them. Collective.
+
+    Raises:
+        DamagedError: on every rank.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    problem = examine(path, content=lambda index: index % size == rank)
+    problems: list[str | None] = [None] * size
+    dist.all_gather_object(problems, problem)
+    for text in problems:
+        if text is not None:
+            raise DamagedError(text)
+
+
 def config_of(path: Path) -> dict[str, Any]:
     """The configuration that a checkpoint was saved with, as a nested dict. Needs no process group."""
     problem = examine(path)
     if problem is not None:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {problem}")
+        raise DamagedError(f"{path} is not a complete checkpoint: {problem}")
     return dict(dist_checkpointing.load_common_state_dict(str(path))["run"]["config"])
 
 
@@ -393,8 +414,3 @@ def _on_first_rank(action: Callable[[], Any]) -> Any:
     if answer[1] is not None:
         raise CheckpointError(answer[1])
     return answer[0]
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"

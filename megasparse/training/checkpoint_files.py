@@ -7,8 +7,8 @@
       .step_00000300.partial-<random>   being written, or left over by a kill; removed at the next start
 
 A checkpoint is written under its hidden name, flushed to disk, renamed in one move, and only then named in `latest`.
-So a kill at any moment leaves the last good one loadable. `manifest.json` lists every file with its size, which finds
-truncated and missing files before anything is loaded.
+So a kill at any moment leaves the last good one loadable. `manifest.json` lists every file with its size and CRC-32:
+sizes find truncated and missing files at once, checksums find changed bytes before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import os
 import re
 import shutil
 import uuid
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,10 @@ _NAME = re.compile(r"^step_(\d{8,})$")
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be saved or loaded; the message names the path and what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint's files are not what was written."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +57,29 @@ def partial_directory(root: Path, step: int) -> Path:
     return path
 
 
-def seal(directory: Path, step: int) -> None:
-    """Ends the writing of a checkpoint: manifest, flush."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
+def seal(directory: Path, step: int, checksums: dict[str, int] | None = None) -> None:
+    """Ends the writing of a checkpoint: manifest, flush.
+
+    Args:
+        directory: what was written.
+        step: of the checkpoint.
+        checksums: CRC-32 of files by name, where they are known; those of the rest are computed here.
+    """
+    known = checksums or {}
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = str(path.relative_to(directory))
+        files[name] = {"bytes": path.stat().st_size, "crc32": known[name] if name in known else checksum(path)}
     _write_and_flush(directory / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
     for name in files:
         _flush(directory / name)
     _flush(directory)
 
 
-def publish(partial: Path, step: int) -> Path:
+def publish(partial: Path, step: int, checksums: dict[str, int] | None = None) -> Path:
     """Completes a written checkpoint: `seal`, rename, `latest`. Returns its final path."""
     root = partial.parent
-    seal(partial, step)
+    seal(partial, step, checksums)
     final = root / checkpoint_name(step)
     if final.exists():  # a damaged one, or one of a run that was rolled back
         _remove(final)
@@ -90,22 +105,39 @@ def read_latest(root: Path) -> str | None:
         return None
 
 
-def examine(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None where every file is there with its size."""
+def checksum(file: Path) -> int:
+    """CRC-32 of a file's content."""
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def examine(path: Path, content: Callable[[int], bool] = lambda index: False) -> str | None:
+    """What is wrong with a checkpoint directory, or None.
+
+    Args:
+        path: the checkpoint.
+        content: which files, by their number, are read and compared with their checksum; by default only the sizes of
+            all files are looked at.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = dict(manifest["files"])
+        files = {name: (int(facts["bytes"]), int(facts["crc32"])) for name, facts in manifest["files"].items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
-    for name, size in files.items():
+    for index, (name, (size, crc)) in enumerate(files.items()):
         try:
             actual = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
+        if content(index) and checksum(path / name) != crc:
+            return f"the content of {name} has changed since it was written (its CRC-32 differs)"
     return None
 
 
@@ -130,7 +162,7 @@ def resolve(path: Path) -> Path:
     if (path / MANIFEST).exists() or _NAME.match(path.name):
         problem = examine(path)
         if problem is not None:
-            raise CheckpointError(f"{path} is not a complete checkpoint: {problem}")
+            raise DamagedError(f"{path} is not a complete checkpoint: {problem}")
         return path
     for root in (path, path / "checkpoints"):
         complete = [found for found in find_checkpoints(root) if found.problem is None]

@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -112,6 +113,7 @@ def signals_wait() -> Iterator[None]:
     Megatron's checkpoint writer keeps a helper process; a SIGTERM to the whole job would end it, and with it the
     save that the signal asks for.
     """
+    resource_tracker.ensure_running()  # starting it later, from in here, would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
         yield

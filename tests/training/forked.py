@@ -65,10 +65,20 @@ def _act(actions: dict[str, Any], rank: int, recorder: Any, configuration: dict[
     kill_after: SIGKILL this process after that step. kill_in_save_of: SIGKILL it while the checkpoint of that step is
     being written, `kill_delay` seconds after its files appear. signal_at: {"step", "rank", "number"}, sent to the
     rank's process, or with "group" to all its child processes too. stop_file_at: makes the stop file after that step.
+    bad_gradient_at: a gradient is not a number in that step. broken_from: a weight is infinite from that step on.
     """
     from megasparse.training.callbacks import Callback
 
     class Actor(Callback):
+        def on_step_start(self, state: Any) -> None:
+            weight = next(state.model[0].parameters())
+            if state.step + 1 == actions.get("bad_gradient_at"):
+                self.hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+            elif hasattr(self, "hook"):
+                self.hook.remove()
+            if state.step + 1 == actions.get("broken_from"):
+                weight.data.fill_(float("inf"))
+
         def on_step_end(self, state: Any, metrics: Any) -> None:
             if state.step == actions.get("kill_after"):
                 os.kill(os.getpid(), signal.SIGKILL)

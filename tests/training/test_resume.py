@@ -125,10 +125,10 @@ def test_damaged_newest_checkpoint_is_passed_over(
 
     middle = len(whole) // 2
     shard.write_bytes(whole[:middle] + bytes(byte ^ 255 for byte in whole[middle : middle + 64]) + whole[middle + 64 :])
-    assert examine(newest) is None  # same size: only loading can tell
+    assert examine(newest) is None  # same size
     result = helper.run(run)
     assert result["exit"] == [0], result["output"]
-    assert f"{newest}: it cannot be loaded" in result["output"]
+    assert f"{newest}: the content of {shard.name} has changed" in result["output"]
     assert_continues(uninterrupted, result["records"][0], 5)
     assert examine(newest) is None, "the damaged one was replaced by a good one"
 
@@ -155,3 +155,55 @@ def test_two_ranks_killed_go_on_bitwise(tmp_path: Path, data_folder: Path, helpe
         newest = int(result["records"][rank]["resumed_from"][-8:])
         assert newest in (4, 8)  # that of step 8 may or may not have been finished in the background
         assert_continues(straight["records"][rank], result["records"][rank], newest + 1)
+
+
+RESHARDED: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
+    "tp2-to-one": (2, {"tensor": 2, "sequence_parallel": True}, 1, {}),
+    "one-to-pp2-interleaved": (1, {}, 2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "dp2-distributed-to-tp2-distributed": (2, {"distributed_optimizer": True}, 2,
+                                           {"distributed_optimizer": True, "tensor": 2}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, data_folder: Path, helper: Helper) -> dict[str, Any]:
+    """An uninterrupted run without dropout, whose random numbers depend on the layout."""
+    run = reshardable(case(tmp_path_factory.mktemp("reshard"), data_folder, "straight"))
+    return dict(helper.run(run)["records"][0])
+
+
+def reshardable(run: dict[str, Any]) -> dict[str, Any]:
+    run["model"] |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    return run
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_goes_on_at_another_layout(
+    tmp_path: Path, data_folder: Path, helper: Helper, straight: dict[str, Any], name: str
+) -> None:
+    """Everything that matters moves along: optimizer, data position, L1 controller, dead-neuron counters."""
+    world, before, new_world, after = RESHARDED[name]
+    killed = helper.run(reshardable(case(tmp_path, data_folder, "run", before)), world, kill_after=6)
+    assert killed["exit"] == [SIGKILL] * world
+    result = helper.run(reshardable(case(tmp_path, data_folder, "run", after)), new_world)
+    assert result["exit"] == [0] * new_world, result["output"]
+    record = result["records"][0]
+    assert record["resumed_from"].endswith("step_00000004")
+    for step in range(5, STEPS + 1):
+        wanted = without_times(straight["steps"])[str(step)]
+        assert without_times(record["steps"])[str(step)] == pytest.approx(wanted, rel=1e-5), f"step {step}"
+
+
+def test_another_model_or_other_data_are_refused(
+    tmp_path: Path, data_folder: Path, helper: Helper
+) -> None:
+    run = case(tmp_path, data_folder, "run")
+    assert helper.run(run, kill_after=5)["exit"] == [SIGKILL]
+    other = {**run, "model": {**run["model"], "ffn_hidden_size": 48}}
+    result = helper.run(other)
+    assert result["exit"] == [1]
+    assert "model.ffn_hidden_size: 32 there, 48 here" in result["output"]
+    blend = {**run, "data": {**run["data"], "blend": [[0.2, str(data_folder / "a")], [0.8, str(data_folder / "b")]]}}
+    result = helper.run(blend)
+    assert result["exit"] == [1]
+    assert "is not what it was: the data or its order has changed" in result["output"]

@@ -1,0 +1,99 @@
+"""Told to stop, by whatever means, all ranks finish the step, save and leave with the documented code."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megasparse.training.checkpoint_files import find_checkpoints, read_latest
+from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE
+from tests.training.cases import configuration
+from tests.training.forked import Helper
+
+
+@pytest.fixture(scope="module")
+def helper() -> Iterator[Helper]:
+    helper = Helper()
+    yield helper
+    helper.close()
+
+
+def case(tmp_path: Path, data: Path, **checkpoint: Any) -> dict[str, Any]:
+    return configuration(
+        tmp_path / "run",
+        str(data / "a"),
+        training={"steps": 8, "global_batch_size": 4},
+        checkpoint={"interval": 2, **checkpoint},
+        data={"num_workers": 2},
+    )
+
+
+def assert_stopped(tmp_path: Path, result: dict[str, Any], world: int, reason: str, at: int) -> None:
+    assert result["exit"] == [EXIT_REQUEUE] * world, result["output"]
+    left = json.loads((tmp_path / "run" / "exit.json").read_text())
+    # A signal that comes after the step's decision takes effect one step later, on all ranks alike.
+    assert left["step"] in (at, at + 1)
+    assert left == {"code": EXIT_REQUEUE, "requeue": True, "reason": reason, "step": left["step"]}
+    assert read_latest(tmp_path / "run" / "checkpoints") == f"step_{left['step']:08d}"
+    for record in result["records"]:
+        assert max(int(step) for step in record["steps"]) == left["step"]
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")])
+def test_signal_to_one_rank_stops_all_and_the_run_goes_on(
+    tmp_path: Path, data_folder: Path, helper: Helper, number: signal.Signals, name: str
+) -> None:
+    """The second of two ranks; for SIGTERM its data loader and checkpoint helper processes get it as well."""
+    at = {"step": 5, "rank": 1, "number": int(number), "group": number == signal.SIGTERM}
+    result = helper.run(case(tmp_path, data_folder), world=2, signal_at=at)
+    assert_stopped(tmp_path, result, 2, name, 5)
+    if number == signal.SIGTERM:
+        result = helper.run(case(tmp_path, data_folder), world=2)
+        assert result["exit"] == [0, 0], result["output"]
+        assert "resumed from" in result["output"]
+        assert json.loads((tmp_path / "run" / "exit.json").read_text())["requeue"] is False
+
+
+def test_time_limit_stops(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    run = case(tmp_path, data_folder)
+    run["training"]["time_limit_minutes"] = 1e-4
+    result = helper.run(run)
+    assert_stopped(tmp_path, result, 1, "TIME_LIMIT", 1)
+
+
+def test_stop_file_stops_and_is_removed(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    result = helper.run(case(tmp_path, data_folder), stop_file_at=3)
+    assert_stopped(tmp_path, result, 1, "STOP_FILE", 3)
+    assert not (tmp_path / "run" / "stop").exists()
+
+
+def test_keep_last_and_keep_every(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    run = case(tmp_path, data_folder, interval=1, keep_last=2, keep_every=3, async_save=True)
+    result = helper.run(run)
+    assert result["exit"] == [0], result["output"]
+    assert [found.step for found in find_checkpoints(tmp_path / "run" / "checkpoints")] == [8, 7, 6, 3]
+    assert result["records"][0]["saved"] == [f"step_{step:08d}" for step in range(1, 9)]
+
+
+def test_steps_that_are_not_finite_are_skipped_then_given_up(
+    tmp_path: Path, data_folder: Path, helper: Helper
+) -> None:
+    """One bad gradient is skipped and counted; a model that stays broken ends the run, naming step and rank."""
+    run = case(tmp_path, data_folder)
+    run["training"]["steps"] = 30
+    result = helper.run(run, world=2, bad_gradient_at=3, broken_from=6)
+    assert result["exit"] == [EXIT_NOT_FINITE] * 2, result["output"]
+    steps = result["records"][0]["steps"]
+    assert steps["3"]["optim/skipped_steps"] == 1
+    assert steps["4"]["optim/skipped_steps"] == 1
+    assert steps["5"]["loss/lm"] < 10
+    assert "step 3: no update" in result["output"]
+    assert "step 15: no update: loss nan" in result["output"]
+    assert "loss not finite on ranks [0, 1]" in result["output"]
+    assert "in a row without an update: giving up" in result["output"]
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == EXIT_NOT_FINITE
