@@ -209,7 +209,7 @@ def _preprocess(args: argparse.Namespace) -> int:
 
 
 def _quiet_megatron() -> None:
-    """Megatron warns of absent optional packages, from every rank; `megasparse doctor` says that once, with the cost."""
+    """Megatron warns of absent optional packages, from every rank; `megasparse doctor` says it once, with the cost."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
 
 
