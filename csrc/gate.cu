@@ -5,11 +5,13 @@
 // the sectors its values touch.
 //
 // Persistent clusters of two CTAs: the two take neighbouring token tiles and the same 256 positions, and each loads half of
-// the weight tile for both (TMA multicast). Warpgroup 0 fills a ring of 48-KB stages, warpgroups 1 and 2 multiply 64 tokens
-// each and run the epilogue from registers.
+// the weight tile for both (TMA multicast). One thread fills a ring of 48-KB stages. Warpgroups 1 and 2 multiply 64 tokens
+// each and leave bf16(relu) in shared memory. The other three warps of warpgroup 0 run the epilogue from there while the next
+// tile is multiplied.
 //
 // Position j of a 64-position tile goes to row n(j) of B's 64-row tile, n(16 q + 2 i + e) = 8 i + 2 q + e (the tensor map's
-// five dimensions do that): lane q of a quad then holds the 16 consecutive positions 16 q .. 16 q + 15 of its two rows.
+// five dimensions do that): lane q of a quad then holds the 16 consecutive positions 16 q .. 16 q + 15 of its two
+// accumulator rows.
 
 #include "megasparse/gate.h"
 
@@ -28,23 +30,26 @@ constexpr int kTokens = 128;
 constexpr int kTile = 64;   // positions of a mask word
 constexpr int kTiles = 4;   // of them in a CTA tile
 constexpr int kDepth = 64;  // elements of D per stage
-constexpr int kStages = 4;
+constexpr int kStages = 3;
 constexpr int kCluster = 2;
 constexpr int kThreads = 384;
 constexpr int kGroup = 8;   // clusters of token tiles that go through all positions together, for L2 locality
 constexpr int kBytesA = kTokens * kDepth * 2;
 constexpr int kBytesTile = kTile * kDepth * 2;
 constexpr int kStageBytes = kBytesA + kTiles * kBytesTile;
+constexpr int kEpilogueWarps = 3;
+constexpr int kBlockBytes = kTokens * kTile * 2;
 constexpr int kSlotBytes = kTile * 2 + 16;  // a row's slot in shared memory: stride without bank conflicts
-// Per consumer warp: 2 KB that each thread has to itself, then the slots of 16 rows.
-constexpr int kOwnBytes = 2048;
-constexpr int kStagingBytes = kOwnBytes + 16 * kSlotBytes;
+constexpr int kRows = 16;                   // that an epilogue warp treats together
 
 struct Shared {
   alignas(1024) uint8_t stage[kStages][kStageBytes];
-  alignas(16) uint8_t staging[8][kStagingBytes];
+  uint8_t result[kTiles][kBlockBytes];  // bf16 relu of 64 positions each, rows of 128 bytes in the 128-byte swizzle
+  alignas(16) uint8_t slots[kEpilogueWarps][kRows * kSlotBytes];
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  uint64_t result_full;
+  uint64_t result_empty;
 };
 constexpr int kSharedBytes = sizeof(Shared);
 
@@ -124,82 +129,115 @@ __device__ __forceinline__ void multiply(float (&acc)[128], Shared& s, RingState
   if (lane < kCluster) mbarrier_arrive_remote(&s.empty[previous], lane);
 }
 
-__device__ __forceinline__ void consume(const Args& p, Shared& s, uint32_t rank, int cluster, int clusters, int places) {
+__device__ __forceinline__ void consume(const Args& p, Shared& s, int cluster, int clusters, int places) {
   const int group = warp_uniform(threadIdx.x / 128) - 1;  // which 64 tokens of the tile
-  const int warp = (threadIdx.x % 128) / 32, lane = threadIdx.x % 32, quad_lane = lane & 3;
-  uint8_t* own = s.staging[group * 4 + warp] + lane * 16;  // elements 8 c .. 8 c + 7 at c * 512: row 1's 0-15, row 2's 16-31
-  uint8_t* slots = s.staging[group * 4 + warp] + kOwnBytes;
-  uint8_t* own_slot = slots + lane / 4 * kSlotBytes;  // the second row's is 8 slots on
+  const int lane = threadIdx.x % 32;
+  const int row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // the thread's second row is row + 8
+  const uint32_t offset = swizzle128(row, 2 * (lane & 3));              // of the first of two chunks; the second's is ^ 16
   RingState<kStages> ring;
+  uint32_t parity = 0;
   float acc[128];
   for (int index = cluster; index < places; index += clusters) {
     multiply(acc, s, ring, p.steps, group, lane);
-    const Place at = place(index, p, rank);
-    if (at.token_tile >= p.token_tiles) continue;
-    const int64_t first_token = static_cast<int64_t>(at.token_tile) * kTokens + group * 64 + warp * 16;
-    // What this lane copies out: 16 bytes of a slot, of two lanes to a row.
-    const int64_t out_slot = (first_token + lane / 2) * p.words + at.first_word;
-    uint32_t kept[kTiles][2];
+    mbarrier_wait(&s.result_empty, parity ^ 1);
+    parity ^= 1;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const int word = at.first_word + tile;
-      // Positions beyond H multiply zeros, which make NaN of infinite inputs.
-      const int64_t rest = p.h - static_cast<int64_t>(word) * kTile - quad_lane * 16;
-      const uint32_t inside = rest >= 16 ? 0xFFFFu : rest <= 0 ? 0u : (1u << rest) - 1;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t value[8], halves[8];
+        uint32_t value[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float* c = acc + 32 * tile + 4 * i + 2 * half;
           value[i] = pack_relu_bf16(c[0], c[1]);
-          halves[i] = nonzero_halves(value[i]);
         }
-        kept[tile][half] = nonzero_bits(halves) & inside;
-        *reinterpret_cast<uint4*>(own + half * 1024) = make_uint4(value[0], value[1], value[2], value[3]);
-        *reinterpret_cast<uint4*>(own + half * 1024 + 512) = make_uint4(value[4], value[5], value[6], value[7]);
+        uint8_t* to = s.result[tile] + half * 1024;
+        *reinterpret_cast<uint4*>(to + offset) = make_uint4(value[0], value[1], value[2], value[3]);
+        *reinterpret_cast<uint4*>(to + (offset ^ 16)) = make_uint4(value[4], value[5], value[6], value[7]);
       }
-      const uint32_t counts = __popc(kept[tile][0]) | __popc(kept[tile][1]) << 16;
-      const uint32_t before = quad_exclusive_sum(counts, quad_lane);
-      // Element k of the lane's first row goes to slot element before + k.
-      uint8_t* to0 = own_slot + (before & 0xFFFF) * 2;
-      uint8_t* to1 = own_slot + 8 * kSlotBytes + ((before >> 16) - (counts & 0xFFFF)) * 2;
-      for (uint32_t left = kept[tile][0] | kept[tile][1] << 16; left != 0; left &= left - 1, to0 += 2, to1 += 2) {
-        const uint32_t element = __ffs(left) - 1;
-        *reinterpret_cast<uint16_t*>(element < 16 ? to0 : to1) =
-            *reinterpret_cast<const uint16_t*>(own + (element >> 3) * 512 + (element & 7) * 2);
-      }
-      // The row's total stands in the quad's last lane; lane 2 r + b copies chunks b, b + 2, .. of row r.
-      const uint32_t totals = __shfl_sync(0xFFFFFFFFu, before + counts, (lane / 2 & 7) * 4 + 3);
-      const uint32_t total = lane < 16 ? totals & 0xFFFF : totals >> 16;
-      __syncwarp();
-      uint16_t* out = p.arena + (out_slot + tile) * kTile;
-      for (uint32_t chunk = lane & 1; chunk * 8 < total; chunk += 2) {
-        reinterpret_cast<uint4*>(out)[chunk] = *reinterpret_cast<const uint4*>(slots + lane / 2 * kSlotBytes + chunk * 16);
-      }
-      __syncwarp();
     }
-    // Mask words: lane 4 r + q holds 16 bits of each word of rows r and r + 8; lane 2 r + b writes words 2 b and 2 b + 1 of row r.
+    mbarrier_arrive(&s.result_full);
+  }
+}
+
+// Packs kRows rows of the CTA tile, from row first_row on, and writes their mask words.
+__device__ __forceinline__ void pack_rows(const Args& p, const Shared& s, uint8_t* slots, const Place& at, int first_row) {
+  const int lane = threadIdx.x % 32, quad_lane = lane & 3;
+  const uint32_t offset = swizzle128(first_row + lane / 4, 2 * quad_lane);
+  uint8_t* own_slot = slots + lane / 4 * kSlotBytes;  // the lane's second row's is 8 slots on
+  // What this lane copies out: every other 16 bytes of the slots of row lane / 2.
+  const int64_t out_slot = (static_cast<int64_t>(at.token_tile) * kTokens + first_row + lane / 2) * p.words + at.first_word;
+  uint32_t kept[kTiles][2];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int word = at.first_word + tile;
+    // Positions beyond H multiply zeros, which make NaN of infinite inputs.
+    const int64_t rest = p.h - static_cast<int64_t>(word) * kTile - quad_lane * 16;
+    const uint32_t inside = rest >= 16 ? 0xFFFFu : rest <= 0 ? 0u : (1u << rest) - 1;
+    const uint8_t* values = s.result[tile] + offset;
+    const uint8_t* values_high = s.result[tile] + (offset ^ 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint2*>(slots + (lane / 4 + half * 8) * 32 + quad_lane * 8) =
-          make_uint2(kept[0][half] | kept[1][half] << 16, kept[2][half] | kept[3][half] << 16);
+      const uint4 low = *reinterpret_cast<const uint4*>(values + half * 1024);
+      const uint4 high = *reinterpret_cast<const uint4*>(values_high + half * 1024);
+      const uint32_t halves[8] = {nonzero_halves(low.x),  nonzero_halves(low.y),  nonzero_halves(low.z),
+                                  nonzero_halves(low.w),  nonzero_halves(high.x), nonzero_halves(high.y),
+                                  nonzero_halves(high.z), nonzero_halves(high.w)};
+      kept[tile][half] = nonzero_bits(halves) & inside;
+    }
+    const uint32_t counts = __popc(kept[tile][0]) | __popc(kept[tile][1]) << 16;
+    const uint32_t before = quad_exclusive_sum(counts, quad_lane);
+    // Element k of the lane's first row goes to slot element before + k.
+    uint8_t* to0 = own_slot + (before & 0xFFFF) * 2;
+    uint8_t* to1 = own_slot + 8 * kSlotBytes + ((before >> 16) - (counts & 0xFFFF)) * 2;
+    for (uint32_t left = kept[tile][0] | kept[tile][1] << 16; left != 0; left &= left - 1, to0 += 2, to1 += 2) {
+      const uint32_t element = __ffs(left) - 1;  // bits 0-15: the first row's values, 16-31: the second's
+      const uint8_t* value = ((element & 8) == 0 ? values : values_high) + (element >> 4) * 1024 + (element & 7) * 2;
+      *reinterpret_cast<uint16_t*>(element < 16 ? to0 : to1) = *reinterpret_cast<const uint16_t*>(value);
+    }
+    // A row's total stands in its quad's last lane.
+    const uint32_t totals = __shfl_sync(0xFFFFFFFFu, before + counts, (lane / 2 & 7) * 4 + 3);
+    const uint32_t total = lane < 16 ? totals & 0xFFFF : totals >> 16;
+    __syncwarp();
+    uint16_t* out = p.arena + (out_slot + tile) * kTile;
+    for (uint32_t chunk = lane & 1; chunk * 8 < total; chunk += 2) {
+      reinterpret_cast<uint4*>(out)[chunk] = *reinterpret_cast<const uint4*>(slots + lane / 2 * kSlotBytes + chunk * 16);
     }
     __syncwarp();
-    const uint8_t* pieces = slots + lane / 2 * 32 + (lane & 1) * 4;
-    uint32_t piece[4];
+  }
+  // Lane 4 r + q holds 16 bits of each word of rows r and r + 8; lane 2 r + b writes words 2 b and 2 b + 1 of row r.
 #pragma unroll
-    for (int q = 0; q < 4; ++q) piece[q] = *reinterpret_cast<const uint32_t*>(pieces + q * 8);
-    const uint32_t low[2] = {__byte_perm(piece[0], piece[1], 0x5410), __byte_perm(piece[0], piece[1], 0x7632)};
-    const uint32_t high[2] = {__byte_perm(piece[2], piece[3], 0x5410), __byte_perm(piece[2], piece[3], 0x7632)};
+  for (int half = 0; half < 2; ++half) {
+    *reinterpret_cast<uint2*>(slots + (lane / 4 + half * 8) * 32 + quad_lane * 8) =
+        make_uint2(kept[0][half] | kept[1][half] << 16, kept[2][half] | kept[3][half] << 16);
+  }
+  __syncwarp();
+  const uint8_t* pieces = slots + lane / 2 * 32 + (lane & 1) * 4;
+  uint32_t piece[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int tile = 2 * (lane & 1) + i;
-      if (at.first_word + tile < p.words) {
-        *reinterpret_cast<uint2*>(p.mask + out_slot + tile) = make_uint2(low[i], high[i]);
-      }
+  for (int q = 0; q < 4; ++q) piece[q] = *reinterpret_cast<const uint32_t*>(pieces + q * 8);
+  __syncwarp();
+  const uint32_t low[2] = {__byte_perm(piece[0], piece[1], 0x5410), __byte_perm(piece[0], piece[1], 0x7632)};
+  const uint32_t high[2] = {__byte_perm(piece[2], piece[3], 0x5410), __byte_perm(piece[2], piece[3], 0x7632)};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int tile = 2 * (lane & 1) + i;
+    if (at.first_word + tile < p.words) *reinterpret_cast<uint2*>(p.mask + out_slot + tile) = make_uint2(low[i], high[i]);
+  }
+}
+
+__device__ __forceinline__ void finish(const Args& p, Shared& s, uint32_t rank, int cluster, int clusters, int places) {
+  const int warp = threadIdx.x / 32 - 1;
+  uint32_t parity = 0;
+  for (int index = cluster; index < places; index += clusters) {
+    const Place at = place(index, p, rank);
+    mbarrier_wait(&s.result_full, parity);
+    parity ^= 1;
+    if (at.token_tile < p.token_tiles) {
+      for (int row = warp * kRows; row < kTokens; row += kEpilogueWarps * kRows) pack_rows(p, s, s.slots[warp], at, row);
     }
     __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&s.result_empty);
   }
 }
 
@@ -215,6 +253,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
       mbarrier_init(&s.full[i], 1);
       mbarrier_init(&s.empty[i], 8 * kCluster);
     }
+    mbarrier_init(&s.result_full, 256);
+    mbarrier_init(&s.result_empty, kEpilogueWarps);
     fence_mbarrier_init();
   }
   cluster_sync();
@@ -222,11 +262,15 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   const int places = (p.token_tiles + kCluster - 1) / kCluster * ((p.words + kTiles - 1) / kTiles);
   if (threadIdx.x < 128) {
-    setmaxnreg_decrease<40>();
-    if (threadIdx.x == 0) produce(p, &map_x, &map_w, s, rank, cluster, clusters, places);
+    setmaxnreg_decrease<152>();
+    if (threadIdx.x >= 32) {
+      finish(p, s, rank, cluster, clusters, places);
+    } else if (threadIdx.x == 0) {
+      produce(p, &map_x, &map_w, s, rank, cluster, clusters, places);
+    }
   } else {
-    setmaxnreg_increase<232>();
-    consume(p, s, rank, cluster, clusters, places);
+    setmaxnreg_increase<176>();
+    consume(p, s, cluster, clusters, places);
   }
   cluster_sync();  // nobody leaves while the other CTA may still write or signal here
 }

@@ -1,16 +1,17 @@
-// Tokens times gathered weight rows: acc[128 tokens, 256 union columns] = A_tile . W[idx]^T, epilogues of `up` and `dh`.
+// Tokens times gathered weight rows: acc[128 tokens, 192 union columns] = A_tile . W[idx]^T, epilogues of `up` and `dh`.
 //
 // Work: FLOPs = 2 * 128 * D * sum over token tiles of U, U = columns of a tile's union (padded to 64 in the last block of a
 // tile). Bound: the tensor cores, at U = union_share * H: union_share of the dense product. Bytes into the SMs per unit
-// of 128 x 256: (128 + 256) * D * 2, i.e. 85 FLOP a byte.
+// of 128 x 192: (128 + 192) * D * 2, i.e. 77 FLOP a byte.
 //
-// One persistent CTA per SM takes units (token tile, up to four 64-column blocks) from a plan, widest first. Warpgroup 0
-// fills a ring of 48-KB stages: A by TMA, the gathered rows 16 bytes a thread by cp.async, both in the 128-byte swizzle
-// and on one mbarrier. Warpgroups 1 and 2 multiply 64 tokens each and run the epilogue from registers.
+// One persistent CTA per SM takes units (token tile, up to three 64-column blocks) from a plan, widest first. Warpgroup 0
+// fills a ring of 40-KB stages: A by TMA, the gathered rows 16 bytes a thread by cp.async, both in the 128-byte swizzle
+// and on one mbarrier. Warpgroups 1 and 2 multiply 64 tokens each and leave bf16 results in shared memory. Warpgroup 3
+// runs the epilogue from there while the next unit is multiplied.
 //
 // Union column j of a block goes to row n(j) of B's 64-row tile, n(16 q + 2 i + e) = 8 i + 2 q + e: then lane q of a quad
 // holds the 16 consecutive columns 16 q .. 16 q + 15 of its two accumulator rows, i.e. two whole 16-byte chunks of a
-// compact block, which it reads and writes directly, and packed values of a row are runs over the quad's lanes.
+// compact block, and in the epilogue the packed values of a row are runs over a quad's lanes.
 
 #include "megasparse/gather_nt.h"
 
@@ -27,29 +28,33 @@ using namespace hopper;
 
 constexpr int kTokens = 128;  // per tile
 constexpr int kBlock = 64;    // union columns of a compact block
-constexpr int kMaxBlocks = 4; // blocks of a unit
+constexpr int kMaxBlocks = 3; // blocks of a unit
 constexpr int kDepth = 64;    // elements of D per stage
 constexpr int kStages = 4;
-constexpr int kThreads = 384;
+constexpr int kThreads = 512;
 constexpr int kBytesA = kTokens * kDepth * 2;
 constexpr int kBytesB = kBlock * kMaxBlocks * kDepth * 2;
 constexpr int kStageBytes = kBytesA + kBytesB;
-constexpr int kStagingBytes = 4096;  // per consumer warp
 constexpr int kBlockBytes = kTokens * kBlock * 2;
+constexpr int kStagingBytes = 3072;  // per epilogue warp: 3 arrays x 32 bytes a lane
+constexpr int kAccumulators = kBlock * kMaxBlocks / 2;
 constexpr int kPlanHeader = 4;  // int32 words before the units
 
 struct Shared {
   alignas(1024) uint8_t stage[kStages][kStageBytes];
-  alignas(16) uint8_t staging[8][kStagingBytes];
+  uint8_t result[kMaxBlocks][kBlockBytes];  // bf16 products, each block in the image of a compact block
+  alignas(16) uint8_t staging[4][kStagingBytes];
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  uint64_t result_full;
+  uint64_t result_empty;
 };
-constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align
+constexpr int kSharedBytes = sizeof(Shared);
 
 struct Unit {
   int tile;
   int first;          // first block within the tile
-  int blocks;         // 1..4
+  int blocks;         // 1 .. kMaxBlocks
   int compact_block;  // index of the first block in the compact buffers
 };
 static_assert(sizeof(Unit) == 16);
@@ -109,7 +114,7 @@ __device__ __forceinline__ void load_tile(const GatherNtParams& p, const CUtenso
 // ---- consumers ----
 
 template <int kBlocks>
-__device__ __forceinline__ void multiply(float (&acc)[128], Shared& s, RingState<kStages>& ring, int steps, int group,
+__device__ __forceinline__ void multiply(float (&acc)[kAccumulators], Shared& s, RingState<kStages>& ring, int steps, int group,
                                          bool signals) {
   int previous = -1;
 #pragma unroll 1
@@ -139,202 +144,200 @@ __device__ __forceinline__ void multiply(float (&acc)[128], Shared& s, RingState
   if (signals) mbarrier_arrive(&s.empty[previous]);
 }
 
-// The two 16-byte chunks of a compact-block row that a thread owns.
-struct Chunks {
-  uint32_t word[8];
-};
-__device__ __forceinline__ Chunks load_chunks(const void* compact, int64_t offset) {
-  const char* at = static_cast<const char*>(compact) + offset;
-  const char* other = static_cast<const char*>(compact) + (offset ^ 16);
-  const int4 low = __ldcg(reinterpret_cast<const int4*>(at)), high = __ldcg(reinterpret_cast<const int4*>(other));
-  return {{static_cast<uint32_t>(low.x), static_cast<uint32_t>(low.y), static_cast<uint32_t>(low.z),
-           static_cast<uint32_t>(low.w), static_cast<uint32_t>(high.x), static_cast<uint32_t>(high.y),
-           static_cast<uint32_t>(high.z), static_cast<uint32_t>(high.w)}};
-}
-__device__ __forceinline__ void store_chunks(void* compact, int64_t offset, const uint32_t (&word)[8]) {
-  char* at = static_cast<char*>(compact) + offset;
-  char* other = static_cast<char*>(compact) + (offset ^ 16);
-  *reinterpret_cast<uint4*>(at) = make_uint4(word[0], word[1], word[2], word[3]);
-  *reinterpret_cast<uint4*>(other) = make_uint4(word[4], word[5], word[6], word[7]);
-}
-// A thread's private staging, 16 bytes a lane: element e (0..15) of array `slot` at stage_offset(slot, e).
-__device__ __forceinline__ uint32_t stage_offset(uint32_t slot, uint32_t element) {
-  return (slot * 2 + (element >> 3)) * 512 + (element & 7) * 2;
-}
-__device__ __forceinline__ void stage_words(uint8_t* staging, uint32_t slot, const uint32_t (&word)[8]) {
-  *reinterpret_cast<uint4*>(staging + stage_offset(slot, 0)) = make_uint4(word[0], word[1], word[2], word[3]);
-  *reinterpret_cast<uint4*>(staging + stage_offset(slot, 8)) = make_uint4(word[4], word[5], word[6], word[7]);
-}
-__device__ __forceinline__ uint16_t staged(const uint8_t* staging, uint32_t slot, uint32_t element) {
-  return *reinterpret_cast<const uint16_t*>(staging + stage_offset(slot, element));
-}
-
-template <GatherNtMode kMode>
 __device__ __forceinline__ void consume(const GatherNtParams& p, Shared& s) {
   const int group = warp_uniform(threadIdx.x / 128) - 1;  // which 64 tokens of the tile
-  const int warp = (threadIdx.x % 128) / 32, lane = threadIdx.x % 32, quad_lane = lane & 3;
-  const int row = group * 64 + warp * 16 + lane / 4;  // of the tile; the thread's second row is row + 8
-  // Byte offset in a compact block of the first of the thread's two chunks; the second is at ^ 16.
-  const uint32_t chunk_offset = swizzle128(row, 2 * quad_lane);
-  uint8_t* staging = s.staging[group * 4 + warp] + lane * 16;
+  const int lane = threadIdx.x % 32, quad_lane = lane & 3;
+  const int row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // of the tile; the thread's second row is row + 8
+  const uint32_t offset = swizzle128(row, 2 * quad_lane);               // of the first of two chunks; the second's ^ 16
   const int steps = static_cast<int>((p.d + kDepth - 1) / kDepth);
   const int units = p.plan[0];
-  const float l1_grad = (kMode == GatherNtMode::kDh || kMode == GatherNtMode::kDhPlain) && p.l1_grad != nullptr ? *p.l1_grad : 0.f;
+  const bool signals = lane == 0;
   RingState<kStages> ring;
-  float acc[128];
-
-  Unit unit{};
-  if (static_cast<int>(blockIdx.x) < units) unit = load_unit(p, blockIdx.x);
+  uint32_t parity = 0;
+  float acc[kAccumulators];
   for (int index = blockIdx.x; index < units; index += gridDim.x) {
-    Unit next{};
-    if (index + static_cast<int>(gridDim.x) < units) next = load_unit(p, index + gridDim.x);
-
-    // What the epilogue reads first is under way during the products.
-    const int64_t token = static_cast<int64_t>(unit.tile) * kTokens + row;
-    int64_t compact = static_cast<int64_t>(unit.compact_block) * kBlockBytes + chunk_offset;
-    const uint16_t* base = p.base + static_cast<int64_t>(unit.compact_block) * kTokens + row;
-    Chunks g[2], u[2];
-    int64_t packed[2];
-    bool counted[2];
-    uint32_t row_base[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      g[half] = load_chunks(p.g_compact, compact + half * 1024);
-      if (kMode == GatherNtMode::kDh && half == 0) u[half] = load_chunks(p.u_compact, compact);
-      if (kMode != GatherNtMode::kUpOnly) {
-        const int64_t t = token + half * 8;
-        packed[half] = __ldg(p.row_ptr + t);
-        row_base[half] = __ldg(base + half * 8);
-        counted[half] = t < p.m && (p.token_mask == nullptr || __ldg(p.token_mask + t) != 0);
-      }
-    }
-
-    const bool signals = lane == 0;
-    switch (unit.blocks) {
-      case 4: multiply<4>(acc, s, ring, steps, group, signals); break;
+    const int blocks = load_unit(p, index).blocks;
+    switch (blocks) {
       case 3: multiply<3>(acc, s, ring, steps, group, signals); break;
       case 2: multiply<2>(acc, s, ring, steps, group, signals); break;
       default: multiply<1>(acc, s, ring, steps, group, signals); break;
     }
-
-    if (kMode == GatherNtMode::kDh) u[1] = load_chunks(p.u_compact, compact + 1024);
-    float l1 = 0.f;
+    mbarrier_wait(&s.result_empty, parity ^ 1);
+    parity ^= 1;
 #pragma unroll
     for (int block = 0; block < kMaxBlocks; ++block) {
-      if (block < unit.blocks) {
-        const bool more = block + 1 < unit.blocks;
-        uint32_t bits[2], start[2];
+      if (block < blocks) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          uint32_t halves[8];
+          uint32_t word[8];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) halves[i] = nonzero_halves(g[half].word[i]);
-          bits[half] = nonzero_bits(halves);
-          if (kMode == GatherNtMode::kUpOnly) {
-            uint32_t value[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              const float* c = acc + 32 * block + 4 * i + 2 * half;
-              value[i] = pack_bf16(c[0], c[1]) & halves[i];
-            }
-            store_chunks(p.u_compact, compact + half * 1024, value);
+          for (int i = 0; i < 8; ++i) {
+            const float* c = acc + 32 * block + 4 * i + 2 * half;
+            word[i] = pack_bf16(c[0], c[1]);
           }
+          uint8_t* to = s.result[block] + half * 1024;
+          *reinterpret_cast<uint4*>(to + offset) = make_uint4(word[0], word[1], word[2], word[3]);
+          *reinterpret_cast<uint4*>(to + (offset ^ 16)) = make_uint4(word[4], word[5], word[6], word[7]);
         }
-        if (kMode != GatherNtMode::kUpOnly) {
-          const uint32_t counts = __popc(bits[0]) | __popc(bits[1]) << 16;
-          const uint32_t before = quad_exclusive_sum(counts, quad_lane);
-          start[0] = row_base[0] + (before & 0xFFFF);
-          start[1] = row_base[1] + (before >> 16);
-        }
+      }
+    }
+    mbarrier_arrive(&s.result_full);
+  }
+}
 
-        if (kMode == GatherNtMode::kUp) {
+// ---- epilogue ----
+
+// 16 columns of a row: two 16-byte chunks of a compact block, the second at the first's offset ^ 16.
+struct Chunks {
+  uint32_t word[8];
+};
+__device__ __forceinline__ Chunks make_chunks(const uint4& low, const uint4& high) {
+  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+}
+__device__ __forceinline__ Chunks load_chunks(const void* compact, int64_t offset) {
+  const char* base = static_cast<const char*>(compact);
+  return make_chunks(__ldcg(reinterpret_cast<const uint4*>(base + offset)),
+                     __ldcg(reinterpret_cast<const uint4*>(base + (offset ^ 16))));
+}
+__device__ __forceinline__ void store_chunks(void* compact, int64_t offset, const uint32_t (&word)[8]) {
+  char* base = static_cast<char*>(compact);
+  *reinterpret_cast<uint4*>(base + offset) = make_uint4(word[0], word[1], word[2], word[3]);
+  *reinterpret_cast<uint4*>(base + (offset ^ 16)) = make_uint4(word[4], word[5], word[6], word[7]);
+}
+
+// A lane's 16 values in private staging: elements 8 c .. 8 c + 7 at c * 512 (16 bytes a lane).
+__device__ __forceinline__ void stage_words(uint8_t* staging, const uint32_t (&word)[8]) {
+  *reinterpret_cast<uint4*>(staging) = make_uint4(word[0], word[1], word[2], word[3]);
+  *reinterpret_cast<uint4*>(staging + 512) = make_uint4(word[4], word[5], word[6], word[7]);
+}
+__device__ __forceinline__ uint16_t staged(const uint8_t* staging, uint32_t element) {
+  return *reinterpret_cast<const uint16_t*>(staging + (element >> 3) * 512 + (element & 7) * 2);
+}
+
+// What the epilogue reads from global memory for one row of a block.
+template <GatherNtMode kMode>
+struct Fetched {
+  Chunks g, u;
+  int64_t row_ptr;
+  uint32_t base;
+  uint32_t counted;
+
+  __device__ __forceinline__ void fetch(const GatherNtParams& p, int64_t compact, int64_t base_index, int64_t token) {
+    g = load_chunks(p.g_compact, compact);
+    if (kMode == GatherNtMode::kDh) u = load_chunks(p.u_compact, compact);
+    if (kMode != GatherNtMode::kUpOnly) {
+      row_ptr = __ldg(p.row_ptr + token);
+      base = __ldg(p.base + base_index);
+      counted = token < p.m && (p.token_mask == nullptr || __ldg(p.token_mask + token) != 0);
+    }
+  }
+};
+
+template <GatherNtMode kMode>
+__device__ __forceinline__ void finish(const GatherNtParams& p, Shared& s) {
+  constexpr bool kBackward = kMode == GatherNtMode::kDh || kMode == GatherNtMode::kDhPlain;
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad_lane = lane & 3;
+  const int row = warp * 32 + lane / 4;  // of the tile; a thread's rows are row + 8 i, i < 4
+  const uint32_t offset = swizzle128(row, 2 * quad_lane);
+  uint8_t* staging = s.staging[warp] + lane * 16;
+  const int units = p.plan[0];
+  const float l1_grad = kBackward && p.l1_grad != nullptr ? *p.l1_grad : 0.f;
+  uint32_t parity = 0;
+  for (int index = blockIdx.x; index < units; index += gridDim.x) {
+    const Unit unit = load_unit(p, index);
+    const int64_t token = static_cast<int64_t>(unit.tile) * kTokens + row;
+    const int64_t compact = static_cast<int64_t>(unit.compact_block) * kBlockBytes + offset;
+    const int64_t base = static_cast<int64_t>(unit.compact_block) * kTokens + row;
+    float l1 = 0.f;
+    Fetched<kMode> next;
+    next.fetch(p, compact, base, token);
+    mbarrier_wait(&s.result_full, parity);
+    parity ^= 1;
+    // Row 8 (i % 4) of block i / 4.
+#pragma unroll 1
+    for (int i = 0; i < unit.blocks * 4; ++i) {
+      const Fetched<kMode> now = next;
+      const int64_t at = compact + (i >> 2) * kBlockBytes + (i & 3) * 1024;
+      if (i + 1 < unit.blocks * 4) {
+        const int j = i + 1;
+        next.fetch(p, compact + (j >> 2) * kBlockBytes + (j & 3) * 1024, base + (j >> 2) * kTokens + (j & 3) * 8,
+                   token + (j & 3) * 8);
+      }
+      const uint8_t* result = s.result[i >> 2] + (i & 3) * 1024 + offset;
+      const uint8_t* result_high = s.result[i >> 2] + (i & 3) * 1024 + (offset ^ 16);
+      const Chunks product = make_chunks(*reinterpret_cast<const uint4*>(result), *reinterpret_cast<const uint4*>(result_high));
+      uint32_t halves[8];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            uint32_t up[8], hidden[8];
+      for (int k = 0; k < 8; ++k) halves[k] = nonzero_halves(now.g.word[k]);
+      if (kMode == GatherNtMode::kUpOnly) {
+        uint32_t up[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              const float* c = acc + 32 * block + 4 * i + 2 * half;
-              up[i] = pack_bf16(c[0], c[1]);
-              hidden[i] = mul_bf16(g[half].word[i], up[i]);
-            }
-            store_chunks(p.g_compact, compact + half * 1024, hidden);
-            stage_words(staging, half, up);
-            stage_words(staging, 2 + half, hidden);
-          }
-        } else if (kMode == GatherNtMode::kDh || kMode == GatherNtMode::kDhPlain) {
+        for (int k = 0; k < 8; ++k) up[k] = product.word[k] & halves[k];
+        store_chunks(p.u_compact, at, up);
+        continue;
+      }
+      const uint32_t bits = nonzero_bits(halves);
+      const uint32_t count = __popc(bits);
+      int64_t position = now.row_ptr + now.base + quad_exclusive_sum(count, quad_lane);
+      if (kMode == GatherNtMode::kUp) {
+        uint32_t hidden[8];
+        float sum = 0.f;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float scale = counted[half] ? l1_grad : 0.f;
-            uint32_t first[8], second[8], hidden[8];
+        for (int k = 0; k < 8; ++k) {
+          hidden[k] = mul_bf16(now.g.word[k], product.word[k]);
+          // Not hidden of inactive columns: 0 times an infinite u.
+          const uint32_t active = hidden[k] & halves[k];
+          sum += fabsf(bf16_first(active)) + fabsf(bf16_second(active));
+        }
+        store_chunks(p.g_compact, at, hidden);
+        if (now.counted) l1 += sum;
+        for (uint32_t left = bits; left != 0; left &= left - 1, ++position) {
+          const uint32_t element = __ffs(left) - 1;
+          const uint16_t value = *reinterpret_cast<const uint16_t*>((element < 8 ? result : result_high) + (element & 7) * 2);
+          if (position < p.capacity) static_cast<uint16_t*>(p.u_packed)[position] = value;
+        }
+      } else {
+        const float scale = now.counted ? l1_grad : 0.f;
+        uint32_t first[8], second[8], hidden[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              const float* c = acc + 32 * block + 4 * i + 2 * half;
-              const uint32_t gate = g[half].word[i];
-              if (kMode == GatherNtMode::kDh) {
-                const uint32_t up = u[half].word[i];
-                hidden[i] = mul_bf16(gate, up);
-                const uint32_t sign = sign_bf16(hidden[i]);
-                const float dh0 = fmaf(scale, bf16_first(sign), c[0]), dh1 = fmaf(scale, bf16_second(sign), c[1]);
-                first[i] = pack_bf16(dh0 * bf16_first(up), dh1 * bf16_second(up));
-                second[i] = pack_bf16(dh0 * bf16_first(gate), dh1 * bf16_second(gate));
-              } else {
-                hidden[i] = gate;
-                first[i] = pack_bf16(c[0] + scale, c[1] + scale) & nonzero_halves(gate);
-              }
-            }
-            store_chunks(p.g_compact, compact + half * 1024, first);
-            if (kMode == GatherNtMode::kDh) store_chunks(p.u_compact, compact + half * 1024, second);
-            stage_words(staging, 0, first);
-            stage_words(staging, 1, hidden);
-            if (kMode == GatherNtMode::kDh) stage_words(staging, 2, second);
-            int64_t position = packed[half] + start[half];
-            uint16_t* first_packed = static_cast<uint16_t*>(kMode == GatherNtMode::kDh ? p.dg_packed : p.du_packed);
-            for (uint32_t left = bits[half]; left != 0; left &= left - 1, ++position) {
-              const uint32_t element = __ffs(left) - 1;
-              if (position < p.capacity) {
-                first_packed[position] = staged(staging, 0, element);
-                if (p.h_packed != nullptr) static_cast<uint16_t*>(p.h_packed)[position] = staged(staging, 1, element);
-                if (kMode == GatherNtMode::kDh) static_cast<uint16_t*>(p.du_packed)[position] = staged(staging, 2, element);
-              }
-            }
+        for (int k = 0; k < 8; ++k) {
+          const uint32_t gate = now.g.word[k];
+          const float dh0 = bf16_first(product.word[k]), dh1 = bf16_second(product.word[k]);
+          if (kMode == GatherNtMode::kDh) {
+            const uint32_t up = now.u.word[k];
+            hidden[k] = mul_bf16(gate, up);
+            const uint32_t sign = sign_bf16(hidden[k]);
+            const float total0 = fmaf(scale, bf16_first(sign), dh0), total1 = fmaf(scale, bf16_second(sign), dh1);
+            first[k] = pack_bf16(total0 * bf16_first(up), total1 * bf16_second(up));
+            second[k] = pack_bf16(total0 * bf16_first(gate), total1 * bf16_second(gate));
+          } else {
+            hidden[k] = gate;
+            first[k] = pack_bf16(dh0 + scale, dh1 + scale) & halves[k];
           }
         }
-
-        compact += kBlockBytes;
-        base += kTokens;
-        if (more) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            g[half] = load_chunks(p.g_compact, compact + half * 1024);
-            if (kMode == GatherNtMode::kDh) u[half] = load_chunks(p.u_compact, compact + half * 1024);
-            if (kMode != GatherNtMode::kUpOnly) row_base[half] = __ldg(base + half * 8);
-          }
-        }
-
-        if (kMode == GatherNtMode::kUp) {
-          // Bits 0-15: the first row's columns, 16-31: the second's. Position of the k-th of them: start of its row + k.
-          uint32_t left = bits[0] | bits[1] << 16;
-          const uint32_t add = (counted[0] ? 0x0000FFFFu : 0u) | (counted[1] ? 0xFFFF0000u : 0u);
-          int64_t position0 = packed[0] + start[0];
-          int64_t position1 = packed[1] + start[1] - __popc(bits[0]);
-          for (; left != 0; left &= left - 1, ++position0, ++position1) {
-            const uint32_t element = __ffs(left) - 1;
-            const int64_t position = element < 16 ? position0 : position1;
-            const uint32_t offset = (element >> 3) * 512 + (element & 7) * 2;
-            const uint16_t value = *reinterpret_cast<const uint16_t*>(staging + offset);
-            const uint32_t hidden = *reinterpret_cast<const uint16_t*>(staging + 2048 + offset);
-            if (add >> element & 1) l1 += fabsf(__uint_as_float(hidden << 16));
-            if (position < p.capacity) static_cast<uint16_t*>(p.u_packed)[position] = value;
+        store_chunks(p.g_compact, at, first);
+        if (kMode == GatherNtMode::kDh) store_chunks(p.u_compact, at, second);
+        stage_words(staging, first);
+        if (kMode == GatherNtMode::kDh) stage_words(staging + 1024, second);
+        stage_words(staging + 2048, hidden);
+        uint16_t* first_packed = static_cast<uint16_t*>(kMode == GatherNtMode::kDh ? p.dg_packed : p.du_packed);
+        for (uint32_t left = bits; left != 0; left &= left - 1, ++position) {
+          const uint32_t element = __ffs(left) - 1;
+          if (position < p.capacity) {
+            first_packed[position] = staged(staging, element);
+            if (kMode == GatherNtMode::kDh) static_cast<uint16_t*>(p.du_packed)[position] = staged(staging + 1024, element);
+            if (p.h_packed != nullptr) static_cast<uint16_t*>(p.h_packed)[position] = staged(staging + 2048, element);
           }
         }
       }
     }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&s.result_empty);
     if (kMode == GatherNtMode::kUp) {
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) l1 += __shfl_xor_sync(0xFFFFFFFFu, l1, step);
-      if (lane == 0) p.l1_partial[static_cast<int64_t>(index) * kGatherNtPartials + group * 4 + warp] = l1;
+      if (lane == 0) p.l1_partial[static_cast<int64_t>(index) * kGatherNtPartials + warp] = l1;
     }
-    unit = next;
   }
 }
 
@@ -342,14 +345,16 @@ template <GatherNtMode kMode>
 __global__ void __launch_bounds__(kThreads, 1)
     gather_nt_kernel(const __grid_constant__ GatherNtParams p, const __grid_constant__ CUtensorMap map_a) {
   if (p.run_if != nullptr && *p.run_if == 0) return;
-  extern __shared__ uint8_t raw[];
-  Shared& s = *reinterpret_cast<Shared*>(raw + ((1024 - (smem_addr(raw) & 1023)) & 1023));
+  extern __shared__ __align__(1024) uint8_t raw[];
+  Shared& s = *reinterpret_cast<Shared*>(raw);
   if (threadIdx.x == 0) {
     tma_prefetch_descriptor(&map_a);
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(&s.full[i], 128 + 1);
       mbarrier_init(&s.empty[i], 8);
     }
+    mbarrier_init(&s.result_full, 256);
+    mbarrier_init(&s.result_empty, 4);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -361,23 +366,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int index = blockIdx.x; index < units; index += gridDim.x) {
       const Unit unit = load_unit(p, index);
       switch (unit.blocks) {
-        case 4: load_tile<4>(p, &map_a, s, unit, ring, union_stride); break;
         case 3: load_tile<3>(p, &map_a, s, unit, ring, union_stride); break;
         case 2: load_tile<2>(p, &map_a, s, unit, ring, union_stride); break;
         default: load_tile<1>(p, &map_a, s, unit, ring, union_stride); break;
       }
     }
+  } else if (threadIdx.x < 384) {
+    setmaxnreg_increase<176>();
+    consume(p, s);
   } else {
-    setmaxnreg_increase<224>();
-    consume<kMode>(p, s);
+    setmaxnreg_decrease<104>();
+    finish<kMode>(p, s);
   }
 }
 
 // ---- plan ----
 
-// Units of 4 blocks, tile after tile, then each tile's remainder of 3, 2, 1 blocks. One CTA; thread t owns a run of tiles.
+// Units of kMaxBlocks blocks, tile after tile, then the tiles' remainders, widest first. One CTA; thread t owns a run of tiles.
 __global__ void __launch_bounds__(1024) plan_kernel(const int32_t* union_count, int tiles, int32_t* plan) {
-  constexpr int kSums = 5;  // units of 4, 3, 2, 1 blocks; blocks
+  constexpr int kSums = kMaxBlocks + 1;  // units of kMaxBlocks, .., 1 blocks; blocks
   __shared__ int warp_sums[32][kSums];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int run = (tiles + 1023) / 1024;
@@ -385,11 +392,13 @@ __global__ void __launch_bounds__(1024) plan_kernel(const int32_t* union_count, 
   int own[kSums] = {};
   for (int tile = begin; tile < end; ++tile) {
     const int blocks = (union_count[tile] + kBlock - 1) / kBlock;
-    own[0] += blocks / 4;
-    for (int i = 1; i < 4; ++i) own[i] += blocks % 4 == 4 - i;
-    own[4] += blocks;
+    own[0] += blocks / kMaxBlocks;
+#pragma unroll
+    for (int i = 1; i < kMaxBlocks; ++i) own[i] += blocks % kMaxBlocks == kMaxBlocks - i;
+    own[kMaxBlocks] += blocks;
   }
   int scan[kSums];
+#pragma unroll
   for (int i = 0; i < kSums; ++i) {
     int sum = own[i];
     for (int step = 1; step < 32; step *= 2) {
@@ -402,25 +411,31 @@ __global__ void __launch_bounds__(1024) plan_kernel(const int32_t* union_count, 
   __syncthreads();
   int total[kSums] = {};
   for (int w = 0; w < 32; ++w) {
+#pragma unroll
     for (int i = 0; i < kSums; ++i) {
       if (w < warp) scan[i] += warp_sums[w][i];
       total[i] += warp_sums[w][i];
     }
   }
-  for (int i = 1, before = 0; i < 4; ++i) {
-    before += total[i - 1];
-    scan[i] += before;
+  int units_before = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxBlocks; ++i) {
+    scan[i] += units_before;
+    units_before += total[i];
   }
-  if (threadIdx.x == 0) plan[0] = total[0] + total[1] + total[2] + total[3];
+  if (threadIdx.x == 0) plan[0] = units_before;
   int4* units = reinterpret_cast<int4*>(plan + kPlanHeader);
-  int compact_block = scan[4];
+  int compact_block = scan[kMaxBlocks];
   for (int tile = begin; tile < end; ++tile) {
     const int blocks = (union_count[tile] + kBlock - 1) / kBlock;
-    for (int first = 0; first + 4 <= blocks; first += 4) units[scan[0]++] = make_int4(tile, first, 4, compact_block + first);
-    const int rest = blocks % 4, first = blocks - rest;
-    if (rest == 3) units[scan[1]++] = make_int4(tile, first, 3, compact_block + first);
-    if (rest == 2) units[scan[2]++] = make_int4(tile, first, 2, compact_block + first);
-    if (rest == 1) units[scan[3]++] = make_int4(tile, first, 1, compact_block + first);
+    int first = 0;
+    for (; first + kMaxBlocks <= blocks; first += kMaxBlocks) {
+      units[scan[0]++] = make_int4(tile, first, kMaxBlocks, compact_block + first);
+    }
+#pragma unroll
+    for (int i = 1; i < kMaxBlocks; ++i) {
+      if (blocks - first == kMaxBlocks - i) units[scan[i]++] = make_int4(tile, first, blocks - first, compact_block + first);
+    }
     compact_block += blocks;
   }
 }

@@ -28,7 +28,7 @@ enum class GatherNtMode : int {
   kDhPlain = 3,
 };
 
-constexpr int kGatherNtPartials = 8;  // per work unit
+constexpr int kGatherNtPartials = 4;  // per work unit
 
 struct GatherNtParams {
   GatherNtMode mode;
