@@ -98,7 +98,7 @@ def run_distributed(
             else:
                 problems[rank] = value
         if waiting and time.monotonic() > deadline:
-            problems = {rank: f"no answer within {timeout} s" for rank in waiting}
+            problems = dict.fromkeys(waiting, f"no answer within {timeout} s")
     if problems:
         time.sleep(0.5)  # let the others say what they saw
         report = [f"{target} on {world_size} ranks failed"]

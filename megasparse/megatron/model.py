@@ -102,7 +102,8 @@ def build_model(cfg: Config, mlp: ModuleSpec | None = None) -> list[GPTModel]:
     """This rank's chunks of the model, with their first weights, before data-parallel wrapping.
 
     Megatron's process groups (`parallel_state.initialize_model_parallel`) and random states
-    (`model_parallel_cuda_manual_seed`) must be there. One chunk, or one for each virtual stage, in order. The weights depend on `training.seed` alone, not on the layout.
+    (`model_parallel_cuda_manual_seed`) must be there. One chunk, or one for each virtual stage, in order. The weights
+    depend on `training.seed` alone, not on the layout.
 
     Args:
         mlp: spec of another MLP than the sparse one, such as Megatron's dense one.

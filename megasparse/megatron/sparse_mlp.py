@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_tensor_model_parallel_group_if_none
+from megatron.core.utils import get_tensor_model_parallel_group_if_none, log_single_rank
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -28,6 +29,8 @@ from megasparse.megatron.stats import LayerStats
 from megasparse.mlp import LayerRouter, MainGrads, sparse_mlp
 
 Mode = Literal["auto", "dense", "sparse"]
+
+_log = logging.getLogger("megasparse")
 
 _gathered_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Sequence-parallel part of a padding mask -> the whole: every layer of a forward pass gets the same tensor."""
@@ -63,7 +66,8 @@ class SparseMLP(MegatronModule):
         """Build.
 
         Args:
-            config: of the model; `activation_func` must be ReLU and `add_bias_linear` off.
+            config: of the model; `add_bias_linear` must be off. Its `activation_func` should be ReLU: SiLU and GELU,
+                which Megatron-LM's arguments set, are taken for ReLU with a warning, others are refused.
             path: "dense", "sparse", or "auto": whichever pays, decided by `router`.
             l1_coeff: first value of `self.l1_coeff`.
             l1_layers: number of sparse MLPs in the whole model, over which the L1 term is averaged; None: all layers.
@@ -207,6 +211,11 @@ def _fusable(weight: torch.nn.Parameter) -> bool:
     )
 
 
+@cache
+def _log_once(message: str) -> None:
+    log_single_rank(_log, logging.WARNING, message)
+
+
 def _microbatches() -> int:
     try:
         return get_num_microbatches()
@@ -220,7 +229,11 @@ def _microbatches() -> int:
 
 def _check(config: TransformerConfig, ffn: int | None, tp: int, is_expert: bool) -> None:
     wrong = []
-    if config.activation_func not in (F.relu, torch.relu):
+    if config.activation_func in (F.silu, F.gelu):
+        # Megatron-LM's arguments cannot say ReLU; --swiglu is how they say gated, and GELU is their default.
+        name = config.activation_func.__name__
+        _log_once(f"config.activation_func is {name}; the sparse MLP computes ReLU in its place")
+    elif config.activation_func not in (F.relu, torch.relu):
         wrong.append(f"activation_func is {config.activation_func}, not torch.nn.functional.relu")
     if config.add_bias_linear:
         wrong.append("add_bias_linear is on (Megatron-LM: --disable-bias-linear)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from megasparse.megatron.init import fill_normal, global_name
 from megasparse.megatron.torch_adam import prepare_torch_adam
 
 SEQUENCE, BATCH, VOCAB = 16, 4, 96
+
+_ZIGZAG = {"is_hybrid_cp": False} if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters else {}
+"""Megatron-Core 0.19 can cut sequences in other ways too."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -136,7 +140,7 @@ class Model:
         per_pass = self.cfg.training.micro_batch_size
         for first in range(rank * per_pass, self.cfg.training.global_batch_size, size * per_pass):
             part = {name: value[first : first + per_pass] for name, value in whole.items()}
-            yield get_batch_on_this_cp_rank(part)
+            yield get_batch_on_this_cp_rank(part, **_ZIGZAG)
 
     def forward_backward(
         self,

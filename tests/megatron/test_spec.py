@@ -19,7 +19,7 @@ from tests.megatron.helpers import run_gradients
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation_func": F.silu}, "not torch.nn.functional.relu"),
+        ({"activation_func": F.tanh}, "not torch.nn.functional.relu"),
         ({"add_bias_linear": True}, "--disable-bias-linear"),
         ({"activation_func_clamp_value": 1.0}, "activation_func_clamp_value"),
         ({"ffn_hidden_size": 47}, "47 is not divisible by the tensor-parallel size 2"),
