@@ -4,8 +4,8 @@
 // that dx is rounded once). A: 16 KB blocks copied as they are by cp.async.bulk. B: 64 gathered weight rows x 512 bytes by
 // cp.async, used as MN-major operand. Units are claimed from a counter, largest union first.
 //
-//   threads     384: gather warpgroup (72 registers), two consumer warpgroups of 64 x 256 (216 registers)
-//   shared      4 stages x 48 KB + 18 KB epilogue staging + 2 KB row lists
+//   threads     384: gather warpgroup (88 registers), two consumer warpgroups of 64 x 256 (208 registers)
+//   shared      4 stages x 48 KB + 18 KB epilogue staging
 //   FLOPs       2 * 128 * D * (sum over tiles of 64 ceil(U / 64)) per product
 //   L2 -> SM    48 KB per 4.2 MFLOP (85 FLOP/B); unique device-memory traffic: A once, W once (L2), out once
 //   bound       tensor cores, then L2 -> SM bytes (7 TB/s needed at 75 % of cuBLAS's rate)
@@ -21,9 +21,6 @@ constexpr int kStages = 4;
 constexpr int kStageBytes = kABytes + kBBytes;
 constexpr int kThreads = 384;
 constexpr int kGatherWarps = 4;
-constexpr int kRowsPerWarp = kTileK / kGatherWarps;
-constexpr int kLists = 12;      // ring of row lists
-constexpr int kListsAhead = 8;
 
 struct alignas(16) Work {
   int tile;  // negative: no more work
@@ -33,10 +30,8 @@ struct alignas(16) Work {
 };
 
 struct Shared {
-  int32_t rows[kLists][kTileK];
   uint64_t full[kStages];
   uint64_t empty[kStages];
-  ListSlots<kLists> lists;
   WorkSlots<Work> work;
 };
 constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kConsumerWarps * kEpilogueWarpBytes + sizeof(Shared);
@@ -45,8 +40,8 @@ static_assert(kSharedBytes <= 232448, "shared memory of one block");
 struct KernelParams {
   const uint8_t* a0;
   const uint8_t* a1;
-  const uint4* w0;
-  const uint4* w1;
+  const uint8_t* w0;
+  const uint8_t* w1;
   const int32_t* rows;  // [Mt, stride] weight rows
   const int32_t* block_ptr;
   const int32_t* tile_order;
@@ -66,15 +61,13 @@ struct Claim {
   int unit = 0;
   Work next = {};
 
-  template <class Feeder>
   __device__ __forceinline__ void advance(const KernelParams& p, WorkSlots<Work>& slots,
-                                          hopper::RingState<kWorkSlots>& ring, Feeder& feeder) {
+                                          hopper::RingState<kWorkSlots>& ring) {
     if (step == 0) {
       unit = gridDim.x + atomicAdd(p.counter, 1);
     } else if (step == 1) {
       next.tile = unit < p.units ? __ldg(p.tile_order + unit / p.columns) : -1;
       next.column = unit % p.columns * kTileN;
-      next.ksteps = 0;
     } else if (step == 2) {
       if (next.tile >= 0) {
         next.block = __ldg(p.block_ptr + next.tile);
@@ -82,7 +75,6 @@ struct Claim {
       }
     } else if (step == 3) {
       post_work(slots, ring, next);
-      feeder.announce(next, next.ksteps * (p.a1 != nullptr ? 2 : 1));
     }
     ++step;
   }
@@ -104,7 +96,6 @@ __global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const __grid_c
       hopper::mbarrier_init(&sh.full[s], 1 + kGatherWarps * 32);  // A's byte count, the gather threads
       hopper::mbarrier_init(&sh.empty[s], kConsumerWarps);
     }
-    init_lists(sh.lists, kGatherWarps);
     init_work(sh.work, kGatherWarps + kConsumerWarps);
     hopper::fence_mbarrier_init();
   }
@@ -114,62 +105,73 @@ __global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const __grid_c
   hopper::RingState<kWorkSlots> work_ring;
 
   if (warpgroup == 0) {
-    hopper::setmaxnreg_decrease<72>();
+    hopper::setmaxnreg_decrease<88>();
     const bool leader = threadIdx.x == 0;
     Claim claim;
     hopper::RingState<kWorkSlots> post_ring;
-    ListFeeder<Work, kLists, kListsAhead> feeder;
-    hopper::RingState<kLists> list_ring;
-    const auto fetch = [&](const Work& work, int step, int slot, uint64_t* full) {
-      const int k = step < work.ksteps ? step : step - work.ksteps;
-      hopper::mbarrier_arrive_expect_tx(full, kTileK * 4);
-      hopper::bulk_load(sh.rows[slot], p.rows + work.tile * p.stride + k * kTileK, kTileK * 4, full);
-    };
     if (leader) {
       claim.unit = blockIdx.x;
-      for (claim.step = 1; claim.step < 4;) claim.advance(p, sh.work, post_ring, feeder);
+      for (claim.step = 1; claim.step < 4;) claim.advance(p, sh.work, post_ring);
     }
-    const uint32_t row16 = static_cast<uint32_t>(p.d / 8);
-    const uint32_t slab =
-        hopper::smem_addr(stages) + kABytes + (lane / 8) * kSlabBytes + warp * kRowsPerWarp * 128;
+    const bool copies_a = threadIdx.x == 32;  // another warp than the leader's
+    const Gather gather(hopper::smem_addr(stages) + kABytes, warp, lane, p.d);
     while (true) {
       const Work work = take_work(sh.work, work_ring, lane);
       if (work.tile < 0) break;
       claim.step = 0;
-      const bool in_range = work.column + lane * 8 < p.d;
-      const int64_t piece = in_range ? work.column / 8 + lane : 0;
+      const int column = work.column + (lane & 7) * 8;
+      const bool all_columns = work.column + kTileN <= p.d;
+      uint32_t columns = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) columns |= column + j * 64 < p.d ? 1u << j : 0;
+      const uint8_t* piece = p.w0 + column * 2;
+      const uint8_t* a = p.a0 + static_cast<int64_t>(work.block) * kABytes;
+      const int32_t* list = p.rows + work.tile * p.stride + gather.list_at;
+      const auto rows_of = [&](int k) { return __ldg(reinterpret_cast<const int4*>(list + k * kTileK)); };
       const int steps = work.ksteps * products;
+      // Lists are loaded two k-steps ahead; `k` wraps around for the second product.
+      int4 rows = {}, next = {};
+      int ahead = 0;
+      const auto load_next = [&] {
+        next = rows_of(ahead);
+        if (++ahead == work.ksteps) ahead = 0;
+      };
+      if (steps > 0) {
+        load_next();
+        rows = next;
+        load_next();
+      }
       for (int s = 0; s < steps; ++s) {
-        const bool second = s >= work.ksteps;
-        if (leader) {
-          if (claim.step < 4) claim.advance(p, sh.work, post_ring, feeder);
-          feeder.feed(sh.lists, fetch);
-          --feeder.lead;
-          hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
-          const int64_t block = work.block + (second ? s - work.ksteps : s);
-          hopper::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kABytes);
-          hopper::bulk_load(stages + ring.stage * kStageBytes, (second ? p.a1 : p.a0) + block * kABytes, kABytes,
-                            &sh.full[ring.stage]);
+        if (s == work.ksteps) {
+          piece = p.w1 + column * 2;
+          a = p.a1 + static_cast<int64_t>(work.block) * kABytes;
         }
-        __syncwarp();
-        hopper::mbarrier_wait(&sh.lists.full[list_ring.stage], list_ring.parity);
+        const int4 current = rows;
+        rows = next;
+        load_next();
         hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
-        gather_rows<kRowsPerWarp>(slab + ring.stage * kStageBytes, (second ? p.w1 : p.w0) + piece,
-                                  sh.rows[list_ring.stage] + warp * kRowsPerWarp, row16, in_range, lane);
+        if (copies_a) {
+          hopper::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kABytes);
+          hopper::bulk_load(stages + ring.stage * kStageBytes, a, kABytes, &sh.full[ring.stage]);
+        }
+        a += kABytes;
+        if (all_columns) {
+          gather.copy<true>(ring.stage * kStageBytes, piece, current, columns);
+        } else {
+          gather.copy<false>(ring.stage * kStageBytes, piece, current, columns);
+        }
         hopper::mbarrier_arrive_cp_async(&sh.full[ring.stage]);
-        if (lane == 0) hopper::mbarrier_arrive(&sh.lists.empty[list_ring.stage]);
-        list_ring.advance();
         ring.advance();
+        if (leader && claim.step < 4) claim.advance(p, sh.work, post_ring);
       }
       if (leader) {
-        while (claim.step < 4) claim.advance(p, sh.work, post_ring, feeder);
-        feeder.feed(sh.lists, fetch);
+        while (claim.step < 4) claim.advance(p, sh.work, post_ring);
       }
       __syncwarp();
     }
     hopper::cp_async_wait_all();
   } else {
-    hopper::setmaxnreg_increase<216>();
+    hopper::setmaxnreg_increase<208>();
     const int half = warpgroup - 1;
     const uint32_t smem = hopper::smem_addr(stages);
     const uint64_t a_desc = hopper::wgmma_descriptor_k_major(smem + half * (kABytes / 2));
@@ -221,8 +223,8 @@ cudaError_t launch_gather_down(const GatherDownParams& p, void* workspace, cudaS
   KernelParams k = {};
   k.a0 = static_cast<const uint8_t*>(p.a0);
   k.a1 = static_cast<const uint8_t*>(p.a1);
-  k.w0 = static_cast<const uint4*>(p.w0);
-  k.w1 = static_cast<const uint4*>(p.w1);
+  k.w0 = static_cast<const uint8_t*>(p.w0);
+  k.w1 = static_cast<const uint8_t*>(p.w1);
   k.counter = static_cast<int32_t*>(workspace);
   k.rows = p.order != nullptr ? k.counter + 64 : p.union_idx;
   k.block_ptr = p.block_ptr;

@@ -30,26 +30,35 @@ constexpr int kConsumerWarps = 8;
 constexpr int kEpiloguePitch = 144;
 constexpr int kEpilogueWarpBytes = 16 * kEpiloguePitch;
 
-// One warp's share of a gathered B stage: kRows k-rows of 512 bytes, one 16-byte piece a lane. `rows` (shared memory,
-// 16-byte aligned) lists the matrix rows, negative = zeros. `base` points at the lane's first column in row 0, `row16` is
-// the row stride in 16-byte pieces, `in_range` says whether the lane's columns exist. `slab` is the shared address of the
-// warp's first k-row in the lane's slab (slab lane / 8); it is a multiple of 1024.
-template <int kRows>
-__device__ __forceinline__ void gather_rows(uint32_t slab, const uint4* base, const int32_t* rows, uint32_t row16,
-                                            bool in_range, int lane) {
-  const uint32_t chunk = (lane & 7) << 4;
+// Gathers B stages: four warps, 16 k-rows each. Eight lanes copy a row, 128 bytes at a time, so that a lane works out four
+// addresses for 16 copies. One warp a scheduler issues all of it: every instruction here counts.
+struct Gather {
+  uint32_t slab;       // shared address of the lane's piece of its first k-row, slab 0, stage 0
+  uint32_t row_bytes;  // of the matrix
+  int list_at;         // first of the lane's four entries in a k-step's list of 64 rows
+
+  __device__ __forceinline__ Gather(uint32_t b_stage, int warp, int lane, int64_t d) {
+    const int row = warp * 16 + (lane >> 3) * 4;
+    list_at = row;
+    slab = b_stage + row * 128 + (((lane & 7) ^ (row & 7)) << 4);
+    row_bytes = static_cast<uint32_t>(d) * 2;
+  }
+  // `rows`: matrix rows of the lane's k-rows, negative = zeros. `piece`: the lane's first bytes in row 0. Bit j of `columns`:
+  // the lane's piece of slab j exists.
+  template <bool kAllColumns>
+  __device__ __forceinline__ void copy(uint32_t stage_bytes, const uint8_t* piece, int4 rows, uint32_t columns) const {
+    const int row[4] = {rows.x, rows.y, rows.z, rows.w};
 #pragma unroll
-  for (int i = 0; i < kRows; i += 4) {
-    const int4 four = *reinterpret_cast<const int4*>(rows + i);
-    const int row[4] = {four.x, four.y, four.z, four.w};
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* src = piece + static_cast<uint64_t>(static_cast<uint32_t>(max(row[i], 0))) * row_bytes;
+      const uint32_t dst = (slab ^ (i << 4)) + stage_bytes + i * 128;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const bool valid = in_range && row[j] >= 0;
-      const uint4* src = base + (valid ? static_cast<uint64_t>(static_cast<uint32_t>(row[j])) * row16 : 0);
-      hopper::cp_async_16(slab + (i + j) * 128 + (chunk ^ (((i + j) & 7) << 4)), src, valid);
+      for (int j = 0; j < 4; ++j) {
+        hopper::cp_async_16(dst + j * kSlabBytes, src + j * 128, row[i] >= 0 && (kAllColumns || (columns >> j & 1)));
+      }
     }
   }
-}
+};
 
 // k-steps of one unit on one consumer warpgroup. `a_desc`/`b_desc` describe stage 0; kAMajorMN: A stored [k][m].
 template <int kStages, int kStageBytes, bool kAMajorMN>

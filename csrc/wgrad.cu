@@ -4,15 +4,13 @@
 //   gated dw_in   tile = 64 positions; A = [dg | du], 2 x 64 neurons, B = gathered rows of x
 //   dw_down       tile = 128 positions; A = h, B = gathered rows of dy     (non-gated dw_in: A = du, B = x, likewise)
 //
-// A is built in shared memory from the packed values. The values of a line (one token's 64 neurons, 128 bytes) are a
-// contiguous run: a lane copies it to staging bytes with cp.async one k-step ahead. Then a warp writes a line at a time: each
-// lane owns two neurons, ranks them by the mask's bits below them, and stores a value or zero. No atomics, no divergence, the
-// same cost at any density. B: 64 gathered token rows x 512 bytes by cp.async. Both operands lie [k][128 bytes], MN-major.
+// A small kernel unpacks A (wgrad_lists.cu) into 16 KB blocks, copied by cp.async.bulk. B: 64 gathered token rows x 512 bytes
+// by cp.async. Both operands lie [k][128 bytes], that is MN-major.
 //
-//   threads     384: four warps that gather and build (88 registers), two consumer warpgroups of 64 x 256 (208)
-//   shared      3 stages x 48 KB + 36 KB staged values + 18 KB lists + 18 KB epilogue staging
+//   threads     384: gather warpgroup (88 registers), two consumer warpgroups of 64 x 256 (208)
+//   shared      4 stages x 48 KB + 18 KB epilogue staging
 //   FLOPs       2 * 128 * 256 * 64 a k-step; k-steps = ceil(D / 256) * (sum over tiles of ceil(tokens / 64))
-//   L2 -> SM    32 KB of B, 1-2 KB of rows and 32 B or more a run of values per 4.2 MFLOP (about 115 FLOP/B)
+//   L2 -> SM    48 KB per 4.2 MFLOP (85 FLOP/B)
 //   bound       tensor cores, then gather bandwidth (x and dy are larger than L2)
 //
 // A tile with more tokens than a fair share is cut along K. Each chunk writes its fp32 tile to scratch; the last chunk to
@@ -26,30 +24,14 @@
 namespace megasparse {
 namespace {
 
-constexpr int kStages = 3;
+constexpr int kStages = 4;
 constexpr int kStageBytes = kABytes + kBBytes;
 constexpr int kThreads = 384;
-constexpr int kProducerWarps = 4;
-constexpr int kRowsPerWarp = kTileK / kProducerWarps;
-constexpr int kLists = 8;  // ring of list entries
-constexpr int kListsAhead = 5;
-
-// A run of up to 64 values, copied in 16-byte windows: 9 of them at worst.
-constexpr int kRunBytes = 144;
-constexpr int kRunBuffers = 2;
-
-// What one k-step needs to know of its 64 tokens.
-struct ListEntry {
-  int32_t tokens[kTileK];
-  TileRow rows[2][kTileK];
-};
+constexpr int kGatherWarps = 4;
 
 struct Shared {
-  ListEntry entries[kLists];
-  uint8_t runs[kRunBuffers][kProducerWarps][2][kRowsPerWarp][kRunBytes];
   uint64_t full[kStages];
   uint64_t empty[kStages];
-  ListSlots<kLists> lists;
   WorkSlots<WgradJob> work;
   int last_chunk[2];
 };
@@ -57,10 +39,9 @@ constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kConsumerWarps * kEp
 static_assert(kSharedBytes <= 232448, "shared memory of one block");
 
 struct Product {
-  const uint4* b;          // [M, D]
-  const uint8_t* values[2];  // packed values of each half of the tile's 128 rows
+  const uint8_t* b;        // [M, D]
+  const uint8_t* blocks;   // A
   const int32_t* tokens;
-  const TileRow* rows;
   void* out[2];            // [H, D] each
   int row_subs;            // 64-position tiles in a tile
 };
@@ -78,74 +59,27 @@ struct KernelParams {
   WgradOutput output;
 };
 
-// Where a job's list entries are.
-struct ListCursor {
-  int product;
-  int tile;
-  int first;
-};
-
-// Claims the next job in small steps, one a k-step of the running job, so that no latency is waited for.
+// Claims the next job: the counter first, a k-step later the job, so that the counter's latency is not waited for.
 struct Claim {
-  int step = 3;
+  int step = 2;
   int unit = 0;
-  WgradJob next = {};
 
-  template <class Feeder>
   __device__ __forceinline__ void advance(const KernelParams& p, int units, WorkSlots<WgradJob>& slots,
-                                          hopper::RingState<kWorkSlots>& ring, Feeder& feeder) {
+                                          hopper::RingState<kWorkSlots>& ring) {
     if (step == 0) {
       unit = gridDim.x + atomicAdd(p.state + 1, 1);
     } else if (step == 1) {
+      WgradJob next = {};
+      next.tile = -1;
       if (unit < units) {
         next = p.jobs[unit / p.columns];
         next.column = unit % p.columns;
-      } else {
-        next.tile = -1;
-        next.ksteps = 0;
       }
-    } else if (step == 2) {
       post_work(slots, ring, next);
-      feeder.announce({next.product, next.tile, next.first}, next.ksteps);
     }
     ++step;
   }
 };
-
-// Copies one run into staging bytes, from the 16-byte window that its first value is in.
-__device__ __forceinline__ void stage_run(const uint8_t* values, const TileRow& row, uint32_t staged) {
-  const int count = __popc(row.low) + __popc(row.high);
-  if (count > 0) {
-    const uint8_t* src = values + ((static_cast<uint64_t>(row.start) * 2) & ~15ull);
-    const int bytes = (row.start & 7) * 2 + count * 2;
-    for (int b = 0; b < bytes; b += 16) hopper::cp_async_16(staged + b, src + b, true);
-  }
-}
-
-// A warp's 16 tokens of both halves of A. `lines` is the lane's 4 bytes of the first token's unswizzled line.
-template <bool kSameNeurons>
-__device__ __forceinline__ void build_lines(uint8_t* lines, const TileRow (&rows)[2][kTileK], int first,
-                                            const uint8_t (&runs)[2][kRowsPerWarp][kRunBytes], int lane) {
-  const uint32_t bit = 1u << (2 * (lane & 15));
-  const bool upper = lane >= 16;
-#pragma unroll 4
-  for (int i = 0; i < kRowsPerWarp; ++i) {
-    uint32_t word = 0, at = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (half == 0 || !kSameNeurons) {
-        const TileRow row = rows[half][first + i];
-        word = upper ? row.high : row.low;
-        at = (row.start & 7) + __popc(word & (bit - 1)) + (upper ? row.low_count : 0);
-      }
-      const uint16_t* run = reinterpret_cast<const uint16_t*>(runs[half][i]) + at;
-      const bool even = word & bit, odd = word & (bit << 1);
-      const uint32_t low = run[0], high = run[even ? 1 : 0];
-      *reinterpret_cast<uint32_t*>(lines + half * (kABytes / 2) + i * 128 + ((lane * 4) ^ ((i & 7) << 4))) =
-          (even ? low : 0) | (odd ? high << 16 : 0);
-    }
-  }
-}
 
 __device__ __forceinline__ void store_fp32(float* row, int64_t c, float a, float b, bool accumulate) {
   if (accumulate) {
@@ -167,11 +101,10 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      hopper::mbarrier_init(&sh.full[s], kProducerWarps * 33);  // the copies of every thread, the built lines of every warp
+      hopper::mbarrier_init(&sh.full[s], 1 + kGatherWarps * 32);  // A's byte count, the gather threads
       hopper::mbarrier_init(&sh.empty[s], kConsumerWarps);
     }
-    init_lists(sh.lists, kProducerWarps);
-    init_work(sh.work, kProducerWarps + kConsumerWarps);
+    init_work(sh.work, kGatherWarps + kConsumerWarps);
     hopper::fence_mbarrier_init();
   }
   __syncthreads();
@@ -185,90 +118,51 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
     const int units = p.state[0];
     Claim claim;
     hopper::RingState<kWorkSlots> post_ring;
-    ListFeeder<ListCursor, kLists, kListsAhead> feeder;
-    hopper::RingState<kLists> list_ring;
-    const auto fetch = [&](const ListCursor& list, int step, int slot, uint64_t* full) {
-      const Product& product = p.product[list.product];
-      const int64_t at = (list.first + step) * kTileK;
-      const TileRow* rows = product.rows + list.tile * product.row_subs * p.mp + at;
-      ListEntry& entry = sh.entries[slot];
-      hopper::mbarrier_arrive_expect_tx(full, kTileK * (4 + product.row_subs * sizeof(TileRow)));
-      hopper::bulk_load(entry.tokens, product.tokens + list.tile * p.mp + at, kTileK * 4, full);
-      hopper::bulk_load(entry.rows[0], rows, kTileK * sizeof(TileRow), full);
-      if (product.row_subs == 2) hopper::bulk_load(entry.rows[1], rows + p.mp, kTileK * sizeof(TileRow), full);
-    };
     if (leader) {
       claim.unit = blockIdx.x;
-      for (claim.step = 1; claim.step < 3;) claim.advance(p, units, sh.work, post_ring, feeder);
+      for (claim.step = 1; claim.step < 2;) claim.advance(p, units, sh.work, post_ring);
     }
-    const uint32_t row16 = static_cast<uint32_t>(p.d / 8);
-    const uint32_t slab =
-        hopper::smem_addr(stages) + kABytes + (lane / 8) * kSlabBytes + warp * kRowsPerWarp * 128;
-    uint8_t* lines = stages + warp * kRowsPerWarp * 128;
-    int buffer = 0;
+    const bool copies_a = threadIdx.x == 32;  // another warp than the leader's
+    const Gather gather(hopper::smem_addr(stages) + kABytes, warp, lane, p.d);
     while (true) {
       const WgradJob job = take_work(sh.work, work_ring, lane);
       if (job.tile < 0) break;
       claim.step = 0;
       const Product& product = p.product[job.product];
-      const int64_t column = static_cast<int64_t>(job.column) * kTileN + lane * 8;
-      const bool in_range = column < p.d;
-      const uint4* base = product.b + (in_range ? column / 8 : 0);
-      const bool same_neurons = product.row_subs == 1;
-      const int line_half = lane / 16, line = lane % 16;
-      const uint8_t* values = product.values[line_half];
-      // The values of one k-step's runs, one run a lane; always one group of copies.
-      const auto stage_values = [&](int slot, int into) {
-        const TileRow row = sh.entries[slot].rows[same_neurons ? 0 : line_half][warp * kRowsPerWarp + line];
-        stage_run(values, row, hopper::smem_addr(sh.runs[into][warp][line_half][line]));
-        hopper::cp_async_commit();
-      };
+      const int column = job.column * kTileN + (lane & 7) * 8;
+      const bool all_columns = (job.column + 1) * kTileN <= p.d;
+      uint32_t columns = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) columns |= column + j * 64 < p.d ? 1u << j : 0;
+      const uint8_t* piece = product.b + column * 2;
+      const uint8_t* a = product.blocks + (job.tile * (p.mp / kTileK) + job.first) * kABytes;
+      const int32_t* list = product.tokens + job.tile * p.mp + job.first * kTileK + gather.list_at;
+      const auto tokens_of = [&](int k) { return __ldg(reinterpret_cast<const int4*>(list + k * kTileK)); };
+      // Lists are loaded two k-steps ahead.
+      int4 tokens = {}, next = {};
+      if (job.ksteps > 0) tokens = tokens_of(0);
+      if (job.ksteps > 1) next = tokens_of(1);
       for (int k = 0; k < job.ksteps; ++k) {
-        if (leader) {
-          if (claim.step < 3) claim.advance(p, units, sh.work, post_ring, feeder);
-          feeder.feed(sh.lists, fetch);
-          --feeder.lead;
-        }
-        __syncwarp();
-        const int slot = list_ring.stage;
-        if (k == 0) {
-          hopper::mbarrier_wait(&sh.lists.full[slot], list_ring.parity);
-          stage_values(slot, buffer);
-          hopper::cp_async_commit();
-        }
-        list_ring.advance();
-        if (k + 1 < job.ksteps) {
-          hopper::mbarrier_wait(&sh.lists.full[list_ring.stage], list_ring.parity);
-          stage_values(list_ring.stage, buffer ^ 1);
-        } else {
-          hopper::cp_async_commit();
-        }
+        const int4 current = tokens;
+        tokens = next;
+        if (k + 2 < job.ksteps) next = tokens_of(k + 2);
         hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
-        gather_rows<kRowsPerWarp>(slab + ring.stage * kStageBytes, base, sh.entries[slot].tokens + warp * kRowsPerWarp, row16,
-                                  in_range, lane);
-        hopper::mbarrier_arrive_cp_async(&sh.full[ring.stage]);
-        hopper::cp_async_commit();
-        // Newer than this k-step's values: the last gather, the next values, this gather.
-        hopper::cp_async_wait<3>();
-        __syncwarp();
-        uint8_t* to = lines + ring.stage * kStageBytes;
-        if (same_neurons) {
-          build_lines<true>(to, sh.entries[slot].rows, warp * kRowsPerWarp, sh.runs[buffer][warp], lane);
+        if (copies_a) {
+          hopper::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kABytes);
+          hopper::bulk_load(stages + ring.stage * kStageBytes, a, kABytes, &sh.full[ring.stage]);
+        }
+        a += kABytes;
+        if (all_columns) {
+          gather.copy<true>(ring.stage * kStageBytes, piece, current, columns);
         } else {
-          build_lines<false>(to, sh.entries[slot].rows, warp * kRowsPerWarp, sh.runs[buffer][warp], lane);
+          gather.copy<false>(ring.stage * kStageBytes, piece, current, columns);
         }
-        hopper::fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) {
-          hopper::mbarrier_arrive(&sh.full[ring.stage]);
-          hopper::mbarrier_arrive(&sh.lists.empty[slot]);
-        }
+        hopper::mbarrier_arrive_cp_async(&sh.full[ring.stage]);
         ring.advance();
-        buffer ^= 1;
+        if (leader && claim.step < 2) claim.advance(p, units, sh.work, post_ring);
       }
       if (leader) {
-        while (claim.step < 3) claim.advance(p, units, sh.work, post_ring, feeder);
-        feeder.feed(sh.lists, fetch);
+        while (claim.step < 2) claim.advance(p, units, sh.work, post_ring);
       }
       __syncwarp();
     }
@@ -375,18 +269,20 @@ size_t carve(const WgradParams& p, void* base, WgradWorkspace& ws) {
   ws.words = static_cast<int>((p.h_size + 63) / 64);
   ws.columns = static_cast<int>((p.d + kTileN - 1) / kTileN);
   ws.bits = static_cast<uint32_t*>(take(ws.words * ws.mp / 8));
+  ws.shared_lists = !p.gated;
   const int pairs = (ws.words + 1) / 2;
   for (int i = 0; i < 2; ++i) {
     WgradLists& list = ws.lists[i];
-    if (i == 1 && !p.gated) {
-      list = ws.lists[0];
-      break;
-    }
     list.subs = i == 0 && p.gated ? 1 : 2;
     list.tiles = list.subs == 1 ? ws.words : pairs;
-    list.tokens = static_cast<int32_t*>(take(list.tiles * ws.mp * sizeof(int32_t)));
-    list.rows = static_cast<TileRow*>(take(list.tiles * list.subs * ws.mp * sizeof(TileRow)));
-    list.ksteps = static_cast<int32_t*>(take(list.tiles * sizeof(int32_t)));
+    if (i == 1 && !p.gated) {
+      list.tokens = ws.lists[0].tokens;
+      list.ksteps = ws.lists[0].ksteps;
+    } else {
+      list.tokens = static_cast<int32_t*>(take(list.tiles * ws.mp * sizeof(int32_t)));
+      list.ksteps = static_cast<int32_t*>(take(list.tiles * sizeof(int32_t)));
+    }
+    list.blocks = static_cast<uint8_t*>(take(list.tiles * (ws.mp / kTileK) * kABytes));
   }
   // Cut tiles hold at most 4/3 of the 2 * sm_count shares; see plan_kernel.
   ws.max_partials = (8 * p.sm_count + 2) / 3 + 1;
@@ -416,13 +312,9 @@ cudaError_t launch_wgrad(const WgradParams& p, void* workspace, cudaStream_t str
   KernelParams k = {};
   for (int i = 0; i < 2; ++i) {
     Product& product = k.product[i];
-    const void* first = i == 1 ? p.h : p.gated ? p.dg : p.du;
-    const void* second = i == 1 ? p.h : p.du;
-    product.b = static_cast<const uint4*>(i == 1 ? p.dy : p.x);
-    product.values[0] = static_cast<const uint8_t*>(first);
-    product.values[1] = static_cast<const uint8_t*>(second);
+    product.b = static_cast<const uint8_t*>(i == 1 ? p.dy : p.x);
     product.tokens = ws.lists[i].tokens;
-    product.rows = ws.lists[i].rows;
+    product.blocks = ws.lists[i].blocks;
     product.row_subs = ws.lists[i].subs;
     product.out[0] = i == 1 ? p.dw_down : p.dw_in;
     product.out[1] = product.out[0];

@@ -1,6 +1,8 @@
-// Token lists and job list of the weight gradients. Three small kernels, a few microseconds each.
+// Token lists and job list of the weight gradients. Four small kernels.
 //   activity: mask [Mp, W] -> one bit a (tile, token), transposed. Reads the mask once (8 B * Mp * W).
-//   lists:    per tile, ascending tokens and where their values start. Writes 20 B per active (tile, token).
+//   lists:    per tile, ascending tokens.
+//   unpack:   packed values -> operand A in blocks. Writes 256 B (gated dw_in) or 256 B (pairs) per listed token of a tile; bound
+//             by device-memory writes where tiles are full, by latency where they are not.
 //   plan:     jobs, largest first; tiles with more work than a fair share are cut along K.
 #include "wgrad_lists.cuh"
 
@@ -59,9 +61,7 @@ __device__ int exclusive_scan(int value, int* shared, int& total) {
 
 // One block a tile: blocks [0, lists[0].tiles) make product 0's lists, the rest product 1's. If both products use the same
 // tiles (non-gated), product 1 points at product 0's lists and the grid ends there.
-__global__ void __launch_bounds__(kListThreads) lists_kernel(const int64_t* __restrict__ mask,
-                                                             const uint16_t* __restrict__ offset,
-                                                             const int64_t* __restrict__ row_ptr, WgradWorkspace ws) {
+__global__ void __launch_bounds__(kListThreads) lists_kernel(WgradWorkspace ws) {
   __shared__ int scan[32];
   const int product = static_cast<int>(blockIdx.x) >= ws.lists[0].tiles;
   const WgradLists& list = ws.lists[product];
@@ -89,33 +89,66 @@ __global__ void __launch_bounds__(kListThreads) lists_kernel(const int64_t* __re
   const int padded = (count + 63) / 64 * 64;
   if (threadIdx.x == 0) list.ksteps[tile] = padded / 64;
   if (count + static_cast<int>(threadIdx.x) < padded) tokens[count + threadIdx.x] = -1;
-  __syncthreads();
-  for (int sub = 0; sub < list.subs; ++sub) {
-    TileRow* rows = list.rows + (static_cast<int64_t>(tile) * list.subs + sub) * ws.mp;
-    for (int i = threadIdx.x; i < padded; i += kListThreads) {
-      const int token = tokens[i];
-      TileRow row = {0, 0, 0, 0};
-      if (token >= 0 && sub < subs) {
-        const int64_t at = static_cast<int64_t>(token) * ws.words + first_word + sub;
-        const uint64_t bits = static_cast<uint64_t>(__ldg(mask + at));
-        row.low = static_cast<uint32_t>(bits);
-        row.high = static_cast<uint32_t>(bits >> 32);
-        row.low_count = __popc(row.low);
-        row.start = static_cast<uint32_t>(__ldg(row_ptr + token)) + __ldg(offset + at);
+}
+
+// Unpacks the listed tokens' values into the blocks of operand A. Eight lanes a line of 64 positions, 16 bytes each.
+// Grid: (tiles of both products, parts of a list).
+__global__ void __launch_bounds__(256) unpack_kernel(const int64_t* __restrict__ mask, const uint16_t* __restrict__ offset,
+                                                     const int64_t* __restrict__ row_ptr, const uint16_t* __restrict__ dg,
+                                                     const uint16_t* __restrict__ du, const uint16_t* __restrict__ h,
+                                                     WgradWorkspace ws) {
+  const int product = static_cast<int>(blockIdx.x) >= ws.lists[0].tiles;
+  const WgradLists& list = ws.lists[product];
+  const int tile = blockIdx.x - product * ws.lists[0].tiles;
+  const int subs = list.subs;
+  const int first_word = tile * subs;
+  const int listed = list.ksteps[tile] * 64;
+  const int32_t* tokens = list.tokens + tile * ws.mp;
+  uint8_t* blocks = list.blocks + tile * (ws.mp / 64) * kWgradBlockBytes;
+  const uint16_t* values[2] = {product == 1 ? h : dg != nullptr ? dg : du, product == 1 ? h : du};
+  const int chunk = threadIdx.x & 7;
+  for (int i = blockIdx.y * 32 + threadIdx.x / 8; i < listed; i += gridDim.y * 32) {
+    const int64_t token = tokens[i];
+    const int64_t row_start = token >= 0 ? __ldg(row_ptr + token) : 0;
+    uint8_t* line = blocks + static_cast<int64_t>(i / 64) * kWgradBlockBytes + i % 64 * 128 + ((chunk ^ (i & 7)) << 4);
+    uint32_t bits = 0;
+    int64_t start = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half == 0 || subs == 2) {
+        bits = 0;
+        if (token >= 0 && first_word + half < ws.words) {
+          const int64_t at = token * ws.words + first_word + half;
+          const uint64_t word = static_cast<uint64_t>(__ldg(mask + at));
+          bits = static_cast<uint32_t>(word >> (chunk * 8)) & 255;
+          start = row_start + __ldg(offset + at) + __popcll(word & ((uint64_t{1} << (chunk * 8)) - 1));
+        }
       }
-      rows[i] = row;
+      const uint16_t* run = values[half] + start;
+      uint64_t low = 0, high = 0;
+      for (uint32_t left = bits; left != 0; left &= left - 1) {
+        const int j = __ffs(left) - 1;
+        const uint64_t value = static_cast<uint64_t>(__ldg(run++)) << (j % 4 * 16);
+        if (j < 4) {
+          low |= value;
+        } else {
+          high |= value;
+        }
+      }
+      *reinterpret_cast<ulonglong2*>(line + half * (kWgradBlockBytes / 2)) = make_ulonglong2(low, high);
     }
   }
 }
 
 // One block. Item i = a tile of a product; its k-steps are cut into chunks of about half a multiprocessor's fair share.
 __global__ void __launch_bounds__(kListThreads) plan_kernel(WgradWorkspace ws, int grid, bool empty_tiles_too) {
-  extern __shared__ int items[];  // [n] k-steps, then [n] chunks
+  extern __shared__ int items[];  // [n] k-steps, [n] chunks, [n] k-steps of a chunk
   __shared__ int scan[32];
   const int n0 = ws.lists[0].tiles;
   const int n = n0 + ws.lists[1].tiles;
   int* ksteps = items;
   int* chunks = items + n;
+  int* sizes = items + 2 * n;
   int sum = 0;
   for (int i = threadIdx.x; i < n; i += kListThreads) {
     ksteps[i] = i < n0 ? ws.lists[0].ksteps[i] : ws.lists[1].ksteps[i - n0];
@@ -126,24 +159,22 @@ __global__ void __launch_bounds__(kListThreads) plan_kernel(WgradWorkspace ws, i
   const int64_t all = static_cast<int64_t>(total) * ws.columns;
   const int share = max(static_cast<int>((all + 2 * grid - 1) / (2 * grid)), 16);
   for (int i = threadIdx.x; i < n; i += kListThreads) {
-    chunks[i] = ksteps[i] == 0 ? empty_tiles_too : max(1, (ksteps[i] + share / 2) / share);
+    const int count = ksteps[i] == 0 ? empty_tiles_too : max(1, (ksteps[i] + share / 2) / share);
+    chunks[i] = count;
+    sizes[i] = count > 0 ? (ksteps[i] + count - 1) / count : -1;
   }
   __syncthreads();
   int jobs = 0;
   for (int i = threadIdx.x; i < n; i += kListThreads) {
     const int mine = chunks[i];
     if (mine == 0) continue;
-    const int size = (ksteps[i] + mine - 1) / mine;
-    int rank = 0, partial = 0, split = 0;
+    const int size = sizes[i];
+    int rank = 0, partial = 0;
+#pragma unroll 8
     for (int j = 0; j < n; ++j) {
-      const int theirs = chunks[j];
-      if (theirs == 0) continue;
-      const int their_size = (ksteps[j] + theirs - 1) / theirs;
-      if (their_size > size || (their_size == size && j < i)) rank += theirs;
-      if (theirs > 1 && j < i) {
-        partial += theirs;
-        ++split;
-      }
+      const int theirs = chunks[j], their_size = sizes[j];
+      rank += their_size > size || (their_size == size && j < i) ? theirs : 0;
+      partial += theirs > 1 && j < i ? theirs : 0;
     }
     if (mine > 1) {
       for (int c = 0; c < ws.columns * 2; ++c) ws.state[kArrivalsBegin + partial * ws.columns * 2 + c] = 0;
@@ -172,15 +203,18 @@ __global__ void __launch_bounds__(kListThreads) plan_kernel(WgradWorkspace ws, i
 }  // namespace
 
 cudaError_t launch_wgrad_lists(const WgradParams& p, const WgradWorkspace& ws, int grid, cudaStream_t stream) {
-  const bool shared_lists = ws.lists[0].tokens == ws.lists[1].tokens;
   if (ws.mp > 0) {
     const dim3 blocks(static_cast<unsigned>(ws.mp / 32), (ws.words + 127) / 128);
     activity_kernel<<<blocks, 256, 0, stream>>>(p.mask, ws.bits, ws.words, ws.mp);
   }
-  const int tiles = ws.lists[0].tiles + (shared_lists ? 0 : ws.lists[1].tiles);
-  lists_kernel<<<tiles, kListThreads, 0, stream>>>(p.mask, reinterpret_cast<const uint16_t*>(p.offset), p.row_ptr, ws);
+  const int tiles = ws.lists[0].tiles + (ws.shared_lists ? 0 : ws.lists[1].tiles);
+  lists_kernel<<<tiles, kListThreads, 0, stream>>>(ws);
+  // Not gated, the products share lists but not blocks: the second half of the grid unpacks h.
+  unpack_kernel<<<dim3(ws.lists[0].tiles + ws.lists[1].tiles, 16), 256, 0, stream>>>(
+      p.mask, reinterpret_cast<const uint16_t*>(p.offset), p.row_ptr, static_cast<const uint16_t*>(p.gated ? p.dg : nullptr),
+      static_cast<const uint16_t*>(p.du), static_cast<const uint16_t*>(p.h), ws);
   const int items = ws.lists[0].tiles + ws.lists[1].tiles;
-  plan_kernel<<<1, kListThreads, 2 * items * sizeof(int), stream>>>(ws, grid, p.output != WgradOutput::kFp32Accumulate);
+  plan_kernel<<<1, kListThreads, 3 * items * sizeof(int), stream>>>(ws, grid, p.output != WgradOutput::kFp32Accumulate);
   return cudaGetLastError();
 }
 

@@ -8,14 +8,6 @@
 
 namespace megasparse {
 
-// Where one token's values of one 64-position tile lie.
-struct alignas(16) TileRow {
-  uint32_t low;        // mask of positions 0-31
-  uint32_t high;       // 32-63
-  uint32_t start;      // index of the first packed value
-  uint32_t low_count;  // values of positions 0-31
-};
-
 // A share of one tile's tokens. K = 64 tokens a step.
 struct alignas(16) WgradJob {
   int32_t product;  // 0: dw_in, 1: dw_down
@@ -28,11 +20,12 @@ struct alignas(16) WgradJob {
   int32_t column;   // filled in when claimed
 };
 
-// Device scratch of one launch. Lists of a product: tile i's tokens at tokens[i * mp], ascending, padded with -1 to a
-// multiple of 64; its rows at rows[(i * subs + sub) * mp], same order, zero mask where padded.
+// Device scratch of one launch. Tile i of a product: its tokens at tokens[i * mp], ascending, padded with -1 to a multiple of
+// 64; its operand A at blocks + i * (mp / 64), one 16 KB block per 64 tokens: [2 halves][64 tokens][64 positions] bf16, the
+// 128-byte swizzled image that wgmma reads M-major, zeros where inactive or padded.
 struct WgradLists {
   int32_t* tokens;
-  TileRow* rows;
+  uint8_t* blocks;
   int32_t* ksteps;  // [tiles]
   int tiles;
   int subs;  // 64-position tiles in a tile of this product: 1 (gated dw_in) or 2
@@ -46,11 +39,13 @@ struct WgradWorkspace {
   float* partials;    // fp32 tiles of kTileM x kTileN
   int64_t mp;
   int words;          // W
+  bool shared_lists;  // both products have the same tiles (not gated)
   int columns;        // ceil(D / 256)
   int max_partials;
 };
 
 constexpr int kArrivalsBegin = 8;
+constexpr int kWgradBlockBytes = 16384;
 
 cudaError_t launch_wgrad_lists(const WgradParams& params, const WgradWorkspace& workspace, int grid, cudaStream_t stream);
 
