@@ -6,6 +6,7 @@ of them. SIGKILL and other signals hit real training processes, and a start cost
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -167,6 +168,9 @@ def _serve() -> None:
                 _fork(partial(_rank, *request, rank=rank, port=port, out=out)) for rank in range(world)
             ]
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+            for pid in pids:  # what a killed rank leaves behind (the checkpoint writer's helper) is in its group
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
             files = [out / f"{rank}.json" for rank in range(world)]
             records = [json.loads(file.read_text()) if file.exists() else None for file in files]
             logs = "".join(f"--- rank {r}\n{(out / f'{r}.log').read_text(errors='replace')}" for r in range(world))
