@@ -285,6 +285,7 @@ def check_same_model(cfg: Config, saved: dict[str, Any], path: Path, optimizer: 
         CheckpointError: they differ; the message names every key.
     """
     own = cfg.model_dump(mode="json")
+    own, saved = ({**whole, "model": _sizes_written_out(whole["model"])} for whole in (own, saved))
     keys = [("model", key) for key in MODEL_KEYS]
     if optimizer:
         keys += [("parallel", "distributed_optimizer"), ("training", "precision")]
@@ -298,6 +299,16 @@ def check_same_model(cfg: Config, saved: dict[str, Any], path: Path, optimizer: 
             f"{path} is of another run:\n  " + "\n  ".join(different) + "\nGo on with the configuration it was saved "
             "with, or choose another checkpoint.directory."
         )
+
+
+def _sizes_written_out(model: dict[str, Any]) -> dict[str, Any]:
+    """None for a default size and that size are the same model."""
+    heads = model["num_attention_heads"]
+    return {
+        **model,
+        "num_query_groups": model["num_query_groups"] or heads,
+        "kv_channels": model["kv_channels"] or model["hidden_size"] // heads,
+    }
 
 
 def _check_content(path: Path) -> None:
