@@ -199,11 +199,11 @@ __global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const __grid_c
 __global__ void __launch_bounds__(256) prepare_kernel(const int32_t* union_idx, const int32_t* order,
                                                       const int32_t* block_ptr, int32_t* rows, int32_t* counter,
                                                       int64_t stride) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *counter = 0;
   if (order == nullptr) return;
   const int count = (block_ptr[blockIdx.x + 1] - block_ptr[blockIdx.x]) * kTileK;
   const int64_t first = blockIdx.x * stride;
-  for (int i = threadIdx.x; i < count; i += 256) {
+  for (int i = blockIdx.y * 256 + threadIdx.x; i < count; i += gridDim.y * 256) {
     const int position = union_idx[first + i];
     rows[first + i] = position >= 0 ? __ldg(order + position) : -1;
   }
@@ -235,7 +235,8 @@ cudaError_t launch_gather_down(const GatherDownParams& p, void* workspace, cudaS
   k.stride = p.union_stride;
   k.columns = static_cast<int>((p.d + kTileN - 1) / kTileN);
   k.units = static_cast<int>(tiles) * k.columns;
-  prepare_kernel<<<p.order != nullptr ? static_cast<int>(tiles) : 1, 256, 0, stream>>>(
+  const dim3 blocks = p.order != nullptr ? dim3(static_cast<unsigned>(tiles), 8) : dim3(1);
+  prepare_kernel<<<blocks, 256, 0, stream>>>(
       p.union_idx, p.order, p.block_ptr, k.counter + 64, k.counter, p.union_stride);
   const cudaError_t error =
       cudaFuncSetAttribute(gather_down_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);

@@ -289,6 +289,8 @@ size_t carve(const WgradParams& p, void* base, WgradWorkspace& ws) {
   const int tiles = ws.lists[0].tiles + ws.lists[1].tiles;
   ws.jobs = static_cast<WgradJob*>(take((tiles + ws.max_partials) * sizeof(WgradJob)));
   ws.state = static_cast<int32_t*>(take((kArrivalsBegin + 2 * ws.max_partials) * sizeof(int32_t)));
+  ws.first_block = static_cast<int32_t*>(take(tiles * sizeof(int32_t)));
+  ws.block_item = static_cast<int32_t*>(take(tiles * (ws.mp / kTileK) * sizeof(int32_t)));
   ws.partials = static_cast<float*>(take(static_cast<size_t>(ws.max_partials) * kTileM * kTileN * sizeof(float)));
   return used;
 }

@@ -10,6 +10,7 @@ namespace megasparse {
 namespace {
 
 constexpr int kListThreads = 1024;
+constexpr int kUnpackThreads = 256;
 
 // Grid: (Mp / 32, ceil(W / 128)). Each warp turns 32 tokens of a tile into one word.
 __global__ void __launch_bounds__(256) activity_kernel(const int64_t* __restrict__ mask, uint32_t* __restrict__ bits,
@@ -79,10 +80,16 @@ __global__ void __launch_bounds__(kListThreads) lists_kernel(WgradWorkspace ws) 
       for (int s = 0; s < subs; ++s) word |= ws.bits[(first_word + s) * bit_words + i];
     }
     int total;
-    int at = count + exclusive_scan(__popc(word), scan, total);
-    while (word != 0) {
-      tokens[at++] = static_cast<int32_t>(i * 32 + __ffs(word) - 1);
-      word &= word - 1;
+    const int at = count + exclusive_scan(__popc(word), scan, total);
+    // A warp writes the tokens of its 32 words, a word at a time, so that stores are contiguous.
+    const int lane = threadIdx.x % 32;
+    const int32_t token = static_cast<int32_t>((i - lane) * 32) + lane;
+    const uint32_t below = (1u << lane) - 1;
+#pragma unroll 4
+    for (int j = 0; j < 32; ++j) {
+      const uint32_t bits = __shfl_sync(0xffffffffu, word, j);
+      const int to = __shfl_sync(0xffffffffu, at, j) + __popc(bits & below);
+      if (bits >> lane & 1) tokens[to] = token + j * 32;
     }
     count += total;
   }
@@ -91,64 +98,69 @@ __global__ void __launch_bounds__(kListThreads) lists_kernel(WgradWorkspace ws) 
   if (count + static_cast<int>(threadIdx.x) < padded) tokens[count + threadIdx.x] = -1;
 }
 
-// Unpacks the listed tokens' values into the blocks of operand A. Eight lanes a line of 64 positions, 16 bytes each.
-// Grid: (tiles of both products, parts of a list).
-__global__ void __launch_bounds__(256) unpack_kernel(const int64_t* __restrict__ mask, const uint16_t* __restrict__ offset,
-                                                     const int64_t* __restrict__ row_ptr, const uint16_t* __restrict__ dg,
-                                                     const uint16_t* __restrict__ du, const uint16_t* __restrict__ h,
-                                                     WgradWorkspace ws) {
-  const int product = static_cast<int>(blockIdx.x) >= ws.lists[0].tiles;
-  const WgradLists& list = ws.lists[product];
-  const int tile = blockIdx.x - product * ws.lists[0].tiles;
-  const int subs = list.subs;
-  const int first_word = tile * subs;
-  const int listed = list.ksteps[tile] * 64;
-  const int32_t* tokens = list.tokens + tile * ws.mp;
-  uint8_t* blocks = list.blocks + tile * (ws.mp / 64) * kWgradBlockBytes;
-  const uint16_t* values[2] = {product == 1 ? h : dg != nullptr ? dg : du, product == 1 ? h : du};
+// Unpacks the listed tokens' values into the blocks of operand A. Eight lanes a line of 64 positions, 16 bytes each. Blocks of
+// 64 tokens are dealt out round robin.
+__global__ void __launch_bounds__(kUnpackThreads) unpack_kernel(
+    const int64_t* __restrict__ mask, const uint16_t* __restrict__ offset, const int64_t* __restrict__ row_ptr,
+    const uint16_t* __restrict__ dg, const uint16_t* __restrict__ du, const uint16_t* __restrict__ h, WgradWorkspace ws) {
+  const int blocks = ws.state[2];
   const int chunk = threadIdx.x & 7;
-  for (int i = blockIdx.y * 32 + threadIdx.x / 8; i < listed; i += gridDim.y * 32) {
-    const int64_t token = tokens[i];
-    const int64_t row_start = token >= 0 ? __ldg(row_ptr + token) : 0;
-    uint8_t* line = blocks + static_cast<int64_t>(i / 64) * kWgradBlockBytes + i % 64 * 128 + ((chunk ^ (i & 7)) << 4);
-    uint32_t bits = 0;
-    int64_t start = 0;
+  for (int b = blockIdx.x; b < blocks; b += gridDim.x) {
+    const int item = ws.block_item[b];
+    const int product = item >= ws.lists[0].tiles;
+    const int tile = item - product * ws.lists[0].tiles;
+    const int kstep = b - ws.first_block[item];
+    const int subs = ws.lists[product].subs;
+    const int first_word = tile * subs;
+    const int32_t* tokens = ws.lists[product].tokens + tile * ws.mp + kstep * 64;
+    uint8_t* block = ws.lists[product].blocks + (tile * (ws.mp / 64) + kstep) * kWgradBlockBytes;
+    const uint16_t* values[2] = {product == 1 ? h : dg != nullptr ? dg : du, product == 1 ? h : du};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (half == 0 || subs == 2) {
-        bits = 0;
-        if (token >= 0 && first_word + half < ws.words) {
-          const int64_t at = token * ws.words + first_word + half;
-          const uint64_t word = static_cast<uint64_t>(__ldg(mask + at));
-          bits = static_cast<uint32_t>(word >> (chunk * 8)) & 255;
-          start = row_start + __ldg(offset + at) + __popcll(word & ((uint64_t{1} << (chunk * 8)) - 1));
+    for (int pass = 0; pass < 64 * 8 / kUnpackThreads; ++pass) {
+      const int i = pass * (kUnpackThreads / 8) + threadIdx.x / 8;
+      const int64_t token = tokens[i];
+      const int64_t row_start = token >= 0 ? __ldg(row_ptr + token) : 0;
+      uint8_t* line = block + i * 128 + ((chunk ^ (i & 7)) << 4);
+      uint32_t bits = 0;
+      int64_t start = 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half == 0 || subs == 2) {
+          bits = 0;
+          if (token >= 0 && first_word + half < ws.words) {
+            const int64_t at = token * ws.words + first_word + half;
+            const uint64_t word = static_cast<uint64_t>(__ldg(mask + at));
+            bits = static_cast<uint32_t>(word >> (chunk * 8)) & 255;
+            start = row_start + __ldg(offset + at) + __popcll(word & ((uint64_t{1} << (chunk * 8)) - 1));
+          }
         }
-      }
-      const uint16_t* run = values[half] + start;
-      uint64_t low = 0, high = 0;
-      for (uint32_t left = bits; left != 0; left &= left - 1) {
-        const int j = __ffs(left) - 1;
-        const uint64_t value = static_cast<uint64_t>(__ldg(run++)) << (j % 4 * 16);
-        if (j < 4) {
-          low |= value;
-        } else {
-          high |= value;
+        const uint16_t* run = values[half] + start;
+        uint32_t value[8];
+        int rank = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          value[j] = bits >> j & 1 ? __ldg(run + rank) : 0;
+          rank += bits >> j & 1;
         }
+        *reinterpret_cast<uint4*>(line + half * (kWgradBlockBytes / 2)) =
+            make_uint4(value[0] | value[1] << 16, value[2] | value[3] << 16, value[4] | value[5] << 16,
+                       value[6] | value[7] << 16);
       }
-      *reinterpret_cast<ulonglong2*>(line + half * (kWgradBlockBytes / 2)) = make_ulonglong2(low, high);
     }
   }
 }
 
 // One block. Item i = a tile of a product; its k-steps are cut into chunks of about half a multiprocessor's fair share.
 __global__ void __launch_bounds__(kListThreads) plan_kernel(WgradWorkspace ws, int grid, bool empty_tiles_too) {
-  extern __shared__ int items[];  // [n] k-steps, [n] chunks, [n] k-steps of a chunk
+  extern __shared__ int items[];  // [n] k-steps, [n] chunks, [n] k-steps of a chunk,
+                                // [n] blocks before
   __shared__ int scan[32];
   const int n0 = ws.lists[0].tiles;
   const int n = n0 + ws.lists[1].tiles;
   int* ksteps = items;
   int* chunks = items + n;
   int* sizes = items + 2 * n;
+  int* first_block = items + 3 * n;
   int sum = 0;
   for (int i = threadIdx.x; i < n; i += kListThreads) {
     ksteps[i] = i < n0 ? ws.lists[0].ksteps[i] : ws.lists[1].ksteps[i - n0];
@@ -164,18 +176,21 @@ __global__ void __launch_bounds__(kListThreads) plan_kernel(WgradWorkspace ws, i
     sizes[i] = count > 0 ? (ksteps[i] + count - 1) / count : -1;
   }
   __syncthreads();
+  if (threadIdx.x == 0) ws.state[2] = total;
   int jobs = 0;
   for (int i = threadIdx.x; i < n; i += kListThreads) {
     const int mine = chunks[i];
-    if (mine == 0) continue;
     const int size = sizes[i];
-    int rank = 0, partial = 0;
+    int rank = 0, partial = 0, block = 0;
 #pragma unroll 8
     for (int j = 0; j < n; ++j) {
       const int theirs = chunks[j], their_size = sizes[j];
+      block += j < i ? ksteps[j] : 0;
       rank += their_size > size || (their_size == size && j < i) ? theirs : 0;
       partial += theirs > 1 && j < i ? theirs : 0;
     }
+    first_block[i] = block;
+    ws.first_block[i] = block;
     if (mine > 1) {
       for (int c = 0; c < ws.columns * 2; ++c) ws.state[kArrivalsBegin + partial * ws.columns * 2 + c] = 0;
     }
@@ -198,6 +213,9 @@ __global__ void __launch_bounds__(kListThreads) plan_kernel(WgradWorkspace ws, i
     ws.state[0] = total * ws.columns;
     ws.state[1] = 0;
   }
+  for (int i = threadIdx.x / 32; i < n; i += kListThreads / 32) {
+    for (int k = threadIdx.x % 32; k < ksteps[i]; k += 32) ws.block_item[first_block[i] + k] = i;
+  }
 }
 
 }  // namespace
@@ -209,12 +227,12 @@ cudaError_t launch_wgrad_lists(const WgradParams& p, const WgradWorkspace& ws, i
   }
   const int tiles = ws.lists[0].tiles + (ws.shared_lists ? 0 : ws.lists[1].tiles);
   lists_kernel<<<tiles, kListThreads, 0, stream>>>(ws);
-  // Not gated, the products share lists but not blocks: the second half of the grid unpacks h.
-  unpack_kernel<<<dim3(ws.lists[0].tiles + ws.lists[1].tiles, 16), 256, 0, stream>>>(
+  const int items = ws.lists[0].tiles + ws.lists[1].tiles;
+  plan_kernel<<<1, kListThreads, 4 * items * sizeof(int), stream>>>(ws, grid, p.output != WgradOutput::kFp32Accumulate);
+  // Not gated, the products share lists but not blocks: the second product's blocks hold h.
+  unpack_kernel<<<grid * 8, kUnpackThreads, 0, stream>>>(
       p.mask, reinterpret_cast<const uint16_t*>(p.offset), p.row_ptr, static_cast<const uint16_t*>(p.gated ? p.dg : nullptr),
       static_cast<const uint16_t*>(p.du), static_cast<const uint16_t*>(p.h), ws);
-  const int items = ws.lists[0].tiles + ws.lists[1].tiles;
-  plan_kernel<<<1, kListThreads, 3 * items * sizeof(int), stream>>>(ws, grid, p.output != WgradOutput::kFp32Accumulate);
   return cudaGetLastError();
 }
 

@@ -35,7 +35,9 @@ struct WgradWorkspace {
   uint32_t* bits;  // [W, mp / 32] bit t % 32 of word t / 32: token t is active in tile w
   WgradLists lists[2];
   WgradJob* jobs;
-  int32_t* state;     // [0] units, [1] work counter, [2...] arrival counters of split tiles
+  int32_t* state;     // [0] units, [1] work counter, [2] blocks, [kArrivalsBegin...] arrival counters of split tiles
+  int32_t* first_block;  // [tiles of both products] blocks of the tiles before
+  int32_t* block_item;   // [blocks] tile of either product (the second's after the first's) that a block belongs to
   float* partials;    // fp32 tiles of kTileM x kTileN
   int64_t mp;
   int words;          // W
