@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import datetime
 import os
+import random
 import re
 import socket
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 
 from megasparse.config import Config
 
@@ -145,7 +147,7 @@ def device_of(launch: Launch) -> torch.device:
 
 
 def initialize(cfg: Config, launch: Launch) -> torch.device:
-    """Joins the job and makes Megatron's process groups. `cfg.validate(world_size)` must have passed.
+    """Joins the job, makes Megatron's process groups and seeds. `cfg.validate(world_size)` must have passed.
 
     Raises:
         LaunchError: the other processes could not be reached.
@@ -199,7 +201,19 @@ def _make_groups(cfg: Config, device: torch.device) -> torch.device:
         context_parallel_size=cfg.parallel.context,
         distributed_timeout_minutes=max(1, int(cfg.parallel.timeout_minutes)),
     )
+    seed_everything(cfg)
     return device
+
+
+def seed_everything(cfg: Config) -> None:
+    """Random states of this rank. Weights and data do not depend on them; dropout does."""
+    seed = cfg.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    if cfg.training.deterministic:
+        torch.use_deterministic_algorithms(True)
 
 
 def shut_down() -> None:

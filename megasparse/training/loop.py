@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 
 from megasparse.config import Config, ConfigError, Problem, dump_config
 from megasparse.megatron import build_model, iter_sparse_mlps
@@ -247,7 +245,6 @@ def start(
         cfg.run_directory.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):
             (cfg.run_directory / "config.yaml").write_text(dump_config(cfg))
-    seed_everything(cfg)
     datasets = build_datasets(cfg, launch.local_rank)
     model = wrap_in_ddp(cfg, build_model(cfg))
     optimizer = build_optimizer(cfg, model)
@@ -321,17 +318,6 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
         check_probes(datasets.train, [(int(position), text) for position, text in extra["data"]])
     if state.resumed_from is not None and state.is_writer:
         log.info("checkpoint: resumed from %s (step %d)", state.resumed_from, state.step)
-
-
-def seed_everything(cfg: Config) -> None:
-    """Random states of this rank. Weights and data do not depend on them; dropout does."""
-    seed = cfg.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    if cfg.training.deterministic:
-        torch.use_deterministic_algorithms(True)
 
 
 def count_parameters(model: Sequence[torch.nn.Module]) -> int:

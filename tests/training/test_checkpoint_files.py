@@ -1,0 +1,93 @@
+"""Checkpoint directories: publishing, finding, checking, thinning out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megasparse.training.checkpoint_files import (
+    CheckpointError,
+    DamagedError,
+    examine,
+    find_checkpoints,
+    partial_directory,
+    prune,
+    publish,
+    read_latest,
+    remove_leftovers,
+    resolve,
+)
+
+
+def write(root: Path, step: int, text: str = "weights") -> Path:
+    partial = partial_directory(root, step)
+    (partial / "shard.distcp").write_text(text)
+    (partial / "sub").mkdir()
+    (partial / "sub" / "more").write_text("x")
+    return publish(partial, step)
+
+
+def test_publish_then_find(tmp_path: Path) -> None:
+    first, second = write(tmp_path, 10), write(tmp_path, 20)
+    assert read_latest(tmp_path) == "step_00000020"
+    assert [(found.path, found.step, found.problem) for found in find_checkpoints(tmp_path)] == [
+        (second, 20, None),
+        (first, 10, None),
+    ]
+    assert not list(tmp_path.glob(".*partial*"))
+    again = write(tmp_path, 20, "other weights")  # replaces what is there under the same name
+    assert (again / "shard.distcp").read_text() == "other weights"
+    assert len(find_checkpoints(tmp_path)) == 2
+
+
+def test_examine_names_what_is_wrong(tmp_path: Path) -> None:
+    path = write(tmp_path, 10)
+    shard = path / "shard.distcp"
+    everything = lambda index: True  # noqa: E731
+    assert examine(path, everything) is None
+    shard.write_text("WEIGHTS")
+    assert examine(path) is None
+    assert "content of shard.distcp has changed" in str(examine(path, everything))
+    shard.write_text("weight")
+    assert examine(path) == "shard.distcp has 6 bytes instead of 7"
+    shard.unlink()
+    assert examine(path) == "shard.distcp is missing"
+    (path / "manifest.json").write_text("{")
+    assert "manifest.json cannot be read" in str(examine(path))
+    (path / "manifest.json").unlink()
+    assert examine(path) == "it has no manifest.json"
+
+
+def test_prune_counts_complete_checkpoints_only(tmp_path: Path) -> None:
+    for step in range(10, 70, 10):
+        write(tmp_path, step)
+    for step in (50, 60):  # damaged: what is good must stay, however old
+        (tmp_path / f"step_{step:08d}" / "shard.distcp").unlink()
+    removed = prune(tmp_path, keep_last=2, keep_every=20)
+    assert [path.name for path in removed] == ["step_00000010"]
+    assert [found.step for found in find_checkpoints(tmp_path)] == [60, 50, 40, 30, 20]
+    prune(tmp_path, keep_last=1, keep_every=None)
+    assert [found.step for found in find_checkpoints(tmp_path) if found.problem is None] == [40]
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = write(tmp_path, 10)
+    (partial_directory(tmp_path, 20) / "half").write_text("")
+    (tmp_path / ".trash-step_00000005-1234").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "notes.txt", kept.name]
+
+
+def test_resolve_takes_run_folder_checkpoints_folder_or_checkpoint(tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    write(root, 10)
+    newest = write(root, 20)
+    (newest / "shard.distcp").unlink()
+    good = root / "step_00000010"
+    assert resolve(tmp_path / "run") == resolve(root) == resolve(good) == good
+    with pytest.raises(DamagedError, match=r"shard\.distcp is missing"):
+        resolve(newest)
+    with pytest.raises(CheckpointError, match="no complete checkpoint there"):
+        resolve(tmp_path)

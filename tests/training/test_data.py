@@ -1,0 +1,160 @@
+"""The order of samples, blends and splits, document boundaries, and finding out that the data has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megasparse.config import ConfigError, parse_config
+from megasparse.training.data import MicroBatchSampler, document_mask
+from megasparse.training.datasets import check_splits
+from tests.launch import run_distributed
+from tests.training.cases import END, configuration
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 2), (4, 1), (2, 1)])
+def test_every_layout_takes_the_same_samples_in_each_step(ranks: int, micro: int) -> None:
+    batch, last = 4, 40
+    per_step = batch // (ranks * micro)
+    streams = [list(MicroBatchSampler(8, micro, rank, ranks, last)) for rank in range(ranks)]
+    assert len({len(stream) for stream in streams}) == 1
+    for step in range((last - 8) // batch):
+        taken = [i for stream in streams for rows in stream[step * per_step : (step + 1) * per_step] for i in rows]
+        assert sorted(taken) == list(range(8 + step * batch, 8 + (step + 1) * batch))
+
+
+def test_document_mask() -> None:
+    tokens = torch.tensor([[5, 6, END, 7, 8, 9], [END, 1, 2, 3, 4, END]])
+    mask = document_mask(tokens, END)
+    assert mask.shape == (2, 1, 6, 6)
+    allowed = ~mask[0, 0]
+    assert allowed.int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
+    assert (~mask[1, 0])[5].tolist() == [False, True, True, True, True, True]
+
+
+def logits_of_two_documents(data: dict[str, Any]) -> dict[str, Any]:
+    """Logits of a sample of two documents before and after a change of the first; and with the mask off."""
+    from megasparse.megatron import build_model
+    from megasparse.training.data import make_micro_batch
+    from megasparse.training.distributed import initialize, read_environment
+
+    results = {}
+    for name, reset in (("masked", True), ("unmasked", False)):
+        cfg = parse_config(data, [f"data.reset_attention_mask={'true' if reset else 'false'}"])
+        device = initialize(cfg, read_environment())
+        model = build_model(cfg)[0].eval()
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(1, 60, (1, 16), generator=generator)
+        tokens[0, 7] = END
+        outputs = []
+        for _ in range(2):
+            sample = {
+                "tokens": tokens.clone(),
+                "labels": tokens.clone(),
+                "loss_mask": torch.ones(1, 16),
+                "position_ids": torch.arange(16)[None],
+            }
+            batch = make_micro_batch(cfg, sample, device)
+            with torch.no_grad():
+                outputs.append(model(batch.tokens, batch.position_ids, batch.attention_mask))
+            tokens[0, :7] = torch.randint(1, 60, (7,), generator=generator)
+        results[name] = [bool(torch.equal(outputs[0][:, s], outputs[1][:, s])) for s in (slice(0, 7), slice(8, 16))]
+        from megasparse.training.distributed import shut_down
+
+        shut_down()
+    return results
+
+
+def test_a_document_does_not_see_the_one_before_it(tmp_path: Path, data_folder: Path) -> None:
+    data = configuration(
+        tmp_path / "run",
+        str(data_folder / "a"),
+        data={"tokenizer": str(data_folder / "tokenizer.json"), "reset_position_ids": True},
+    )
+    result = run_distributed(1, "tests.training.test_data:logits_of_two_documents", data)[0]
+    assert result == {"masked": [False, True], "unmasked": [False, False]}
+
+
+def sample_sources(data: dict[str, Any]) -> dict[str, Any]:
+    """Which data set each training sample of a blend comes from, and hashes of what was read, in order."""
+    from megasparse.training.data import DataChangedError, check_probes, data_probes
+    from megasparse.training.datasets import build_datasets
+    from megasparse.training.distributed import initialize, read_environment, shut_down
+
+    cfg = parse_config(data)
+    initialize(cfg, read_environment())
+    datasets = build_datasets(cfg)
+    train = datasets.train
+    sources = [int(train[i]["dataset_id"]) for i in range(len(train))]
+    probes = data_probes(train, 50)
+    check_probes(train, probes)
+    changed = [(position, text[::-1]) for position, text in probes]
+    try:
+        check_probes(train, changed)
+        message = ""
+    except DataChangedError as error:
+        message = str(error)
+    shut_down()
+    valid = [datasets.valid[i]["tokens"].tolist() for i in range(4)]
+    known = {tuple(train[i]["tokens"].tolist()) for i in range(len(train))}
+    return {"sources": sources, "probes": len(probes), "message": message,
+            "overlap": sum(tuple(tokens) in known for tokens in valid)}  # fmt: skip
+
+
+def test_blend_keeps_its_weights_and_splits_do_not_overlap(tmp_path: Path, data_folder: Path) -> None:
+    data = configuration(
+        tmp_path / "run",
+        str(data_folder / "a"),
+        data={"blend": [[0.75, str(data_folder / "a")], [0.25, str(data_folder / "b")]]},
+        training={"steps": 50, "eval_steps": 1},
+    )
+    result = run_distributed(1, "tests.training.test_data:sample_sources", data)[0]
+    sources = result["sources"]
+    assert sources.count(0) / len(sources) == pytest.approx(0.75, abs=0.02)
+    assert sources[:40].count(0) == pytest.approx(30, abs=1)  # everywhere, not only on the whole
+    assert result["probes"] == 16
+    assert "is not what it was" in result["message"]
+    assert result["overlap"] == 0
+
+
+def build_with_own_disks(data: dict[str, Any], folder: str) -> list[str]:
+    """Both ranks believe to be the first of their node, each with a cache directory that the other does not see."""
+    import os
+
+    from megasparse.training.datasets import build_datasets
+    from megasparse.training.distributed import initialize, read_environment, shut_down
+
+    os.environ["NODE_DISK"] = f"{folder}/node{os.environ['RANK']}"
+    cfg = parse_config(data, ["data.cache_dir=$NODE_DISK/cache"])
+    initialize(cfg, read_environment())
+    datasets = build_datasets(cfg, local_rank=0)
+    first = [str(datasets.train[i]["tokens"].tolist()) for i in range(8)]
+    shut_down()
+    return first
+
+
+def test_nodes_with_their_own_disks_build_their_own_indices(tmp_path: Path, data_folder: Path) -> None:
+    data = configuration(tmp_path / "run", str(data_folder / "a"))
+    first, second = run_distributed(2, "tests.training.test_data:build_with_own_disks", data, str(tmp_path))
+    assert first == second
+    files = [sorted(path.name for path in (tmp_path / node / "cache").iterdir()) for node in ("node0", "node1")]
+    assert files[0] == files[1]
+    assert files[0]
+
+
+def test_a_split_without_tokens_is_refused(tmp_path: Path, data_folder: Path) -> None:
+    data = configuration(
+        tmp_path / "run", str(data_folder / "b"), data={"split": "999,1,0"}, training={"eval_steps": 1}
+    )
+    with pytest.raises(ConfigError, match=r"data\.split.*leaves no tokens for valid: .*b has 100 documents"):
+        check_splits(parse_config(data))

@@ -1,0 +1,64 @@
+"""Reading the launcher's environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megasparse.training.distributed import LaunchError, expand_nodelist, read_environment
+
+SRUN = {
+    "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "1234567",
+}  # fmt: skip
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+def test_plain_python_is_a_job_of_one() -> None:
+    launch = read_environment({})
+    assert (launch.launcher, launch.rank, launch.world_size) == ("python", 0, 1)
+    # A batch script without srun has these two set, and is one process.
+    assert read_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1
+
+
+def test_srun() -> None:
+    launch = read_environment(SRUN)
+    assert (launch.launcher, launch.rank, launch.world_size, launch.local_rank) == ("srun", 9, 16, 1)
+    assert (launch.local_world_size, launch.master_address, launch.master_port) == (8, "gpu07", 24567)
+    assert read_environment({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "1"}).master_address == "head"
+
+
+def test_torchrun_wins_over_srun() -> None:
+    launch = read_environment({**SRUN, **TORCHRUN})
+    assert (launch.launcher, launch.rank, launch.world_size, launch.local_world_size) == ("torchrun", 3, 4, 2)
+    assert (launch.master_address, launch.master_port) == ("node1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"}, "MASTER_PORT is not set"),
+        ({**TORCHRUN, "RANK": "two"}, "RANK='two' is not a number"),
+        ({**TORCHRUN, "RANK": "4"}, "rank 4 of 4"),
+    ],
+)
+def test_contradictions_are_named(env: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        read_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("node1", ["node1"]),
+        ("gpu[001-003,7],login", ["gpu001", "gpu002", "gpu003", "gpu7", "login"]),
+        ("a[1-2]-ib,b", ["a1-ib", "a2-ib", "b"]),
+        ("", []),
+    ],
+)
+def test_nodelist(text: str, hosts: Any) -> None:
+    assert expand_nodelist(text) == hosts
