@@ -1,7 +1,11 @@
 // Packed values -> compact blocks: for each token tile, the columns of its union, 64 at a time, as [128 tokens][64]
 // bf16 in the shared-memory image that wgmma reads (SW128, K-major), so that the products over a union load them by
-// plain bulk copies. One CTA builds one block: zeroed in shared memory, non-zeros scattered, written out coalesced.
-// Bound by writing the blocks (2 U bytes a token), most of which stay in L2 for the product that follows.
+// plain bulk copies.
+//
+// One CTA of 128 makes a block in shared memory: zeroes it, then each thread scatters the values of one row, then all
+// write it out 16 bytes a thread. Work goes with the non-zeros, not with the columns. Bound by writing the blocks (2 U
+// bytes a token), most of which stay in L2 for the product that follows; latency is hidden by 8 to 12 CTAs per SM and
+// by fetching the masks of four words and four values at a time.
 #include <cuda_bf16.h>
 
 #include "megasparse/lists.h"
@@ -11,13 +15,18 @@ namespace {
 
 constexpr int kTokenTile = 128;
 constexpr int kColumns = 64;
-constexpr int kBlockElements = kTokenTile * kColumns;
-constexpr int kVectors = kBlockElements / 8;  // of 16 bytes
+constexpr int kVectors = kTokenTile * kColumns / 8;  // of 16 bytes
 constexpr int kMaxGridColumns = 64;
+constexpr int kWordsAhead = 4;
+constexpr int kValuesAhead = 4;
 
 __device__ __forceinline__ int popcount(uint64_t word) { return __popcll(static_cast<long long>(word)); }
 
 __device__ __forceinline__ uint64_t below(int bit) { return (uint64_t{1} << bit) - 1; }
+
+__device__ __forceinline__ uint64_t load(const uint64_t* word) {
+  return __ldg(reinterpret_cast<const unsigned long long*>(word));
+}
 
 // Element (row, column) of a block in its SW128 K-major image: 16-byte piece c of a row lies at piece c ^ (row % 8).
 __device__ __forceinline__ int image_index(int row, int column) {
@@ -25,66 +34,94 @@ __device__ __forceinline__ int image_index(int row, int column) {
 }
 
 template <int kSources, bool kFromSlots>
-__global__ void __launch_bounds__(kTokenTile, 4) expand_kernel(const ExpandParams p, int words, int tiles) {
+__global__ void __launch_bounds__(kTokenTile, 6) expand_kernel(const ExpandParams p, int words, int tiles) {
   __shared__ uint4 image[kSources][kVectors];
   __shared__ float l1_rows[kTokenTile];
   if (p.run_if != nullptr && *p.run_if == 0) return;
   const int tile = blockIdx.y, row = threadIdx.x;
   const int union_count = p.tile_info[kUnionCount * (tiles + 1) + tile];
-  const int first_block = p.tile_info[kBlockPtr * (tiles + 1) + tile];
+  const int64_t first_block = p.tile_info[kBlockPtr * (tiles + 1) + tile];
   const int32_t* const index = p.union_index + int64_t{tile} * words * 64;
   const int64_t token = int64_t{tile} * kTokenTile + row;
-  const uint64_t* const row_mask = p.mask + token * words;
+  const uint64_t* const mask = p.mask + token * words;
+  const uint64_t* const unions = p.union_words + int64_t{tile} * words;
   const int64_t row_start = p.row_ptr[token];
   const bool counts = p.l1_partial != nullptr && token < p.m && (p.token_mask == nullptr || p.token_mask[token]);
 
   for (int block = blockIdx.x; block * kColumns < union_count; block += gridDim.x) {
+    const int first = index[block * kColumns];
+    const int last = index[min(block * kColumns + kColumns, union_count) - 1];
+    const int first_word = first / 64, last_word = last / 64;
 #pragma unroll
     for (int s = 0; s < kSources; ++s)
 #pragma unroll
       for (int i = 0; i < kVectors / kTokenTile; ++i) image[s][i * kTokenTile + row] = make_uint4(0, 0, 0, 0);
+
+    const int skipped = popcount(load(mask + first_word) & below(first % 64));  // of the first word: earlier blocks'
+    const int base = p.offset[token * words + first_word] + skipped;
+    p.base[(first_block + block) * kTokenTile + row] = static_cast<uint16_t>(base);
+    int64_t packed = row_start + base;  // where this row's next value lies, or goes, in packed order
+    int column = 0;                     // of the block, where the next word starts
+    float l1 = 0.f;
     __syncthreads();
 
-    const int first = index[block * kColumns];
-    const int last = index[min(block * kColumns + kColumns, union_count) - 1];
-    int column = 0;
-    float l1 = 0.f;
-    for (int w = first / 64; w <= last / 64; ++w) {
-      uint64_t range = ~uint64_t{0};  // positions of this word that belong to this block
-      if (w == first / 64) range &= ~below(first % 64);
-      if (w == last / 64) range &= below(last % 64) | (uint64_t{1} << (last % 64));
-      const uint64_t mask = row_mask[w];
-      const uint64_t united = p.union_words[int64_t{tile} * words + w] & range;
-      const int offset = p.offset[token * words + w];
-      if (w == first / 64) {
-        p.base[int64_t{first_block + block} * kTokenTile + row] =
-            static_cast<uint16_t>(offset + popcount(mask & below(first % 64)));
+    for (int group = first_word; group <= last_word; group += kWordsAhead) {
+      uint64_t masks[kWordsAhead], united[kWordsAhead];
+#pragma unroll
+      for (int i = 0; i < kWordsAhead; ++i) {
+        const bool inside = group + i <= last_word;
+        masks[i] = inside ? load(mask + group + i) : 0;
+        united[i] = inside ? load(unions + group + i) : 0;
       }
-      const int64_t packed_start = row_start + offset;
-      const int64_t start = kFromSlots ? token * words * 64 + w * 64 : packed_start;
-      for (uint64_t rest = mask & range; rest != 0; rest &= rest - 1) {
-        const int bit = __ffsll(static_cast<long long>(rest)) - 1;
-        const int rank = popcount(mask & below(bit));
-        const int place = image_index(row, column + popcount(united & below(bit)));
+#pragma unroll
+      for (int i = 0; i < kWordsAhead; ++i) {
+        const int word = group + i;
+        uint64_t range = ~uint64_t{0};  // positions of this word that belong to this block
+        if (word == first_word) range &= ~below(first % 64);
+        if (word == last_word) range &= below(last % 64) | (uint64_t{1} << (last % 64));
+        united[i] &= range;
+        uint64_t active = masks[i] & range;
+        const __nv_bfloat16* source[kSources];
 #pragma unroll
         for (int s = 0; s < kSources; ++s) {
-          const auto* source = static_cast<const __nv_bfloat16*>(kFromSlots ? p.slots : p.packed[s]);
-          const __nv_bfloat16 value = source[start + rank];
-          reinterpret_cast<__nv_bfloat16*>(image[s])[place] = value;
-          if (kFromSlots && s == 0) {
-            l1 += fabsf(__bfloat162float(value));
-            if (p.packed_out != nullptr && packed_start + rank < p.packed_capacity)
-              static_cast<__nv_bfloat16*>(p.packed_out)[packed_start + rank] = value;
+          source[s] = kFromSlots ? static_cast<const __nv_bfloat16*>(p.slots) + (token * words + word) * 64 +
+                                       (word == first_word ? skipped : 0)
+                                 : static_cast<const __nv_bfloat16*>(p.packed[s]) + packed;
+        }
+        for (int done = 0, count = popcount(active); done < count; done += kValuesAhead) {
+          __nv_bfloat16 values[kSources][kValuesAhead];
+#pragma unroll
+          for (int s = 0; s < kSources; ++s)
+#pragma unroll
+            for (int j = 0; j < kValuesAhead; ++j) {
+              if (done + j < count) values[s][j] = __ldg(source[s] + done + j);
+            }
+#pragma unroll
+          for (int j = 0; j < kValuesAhead; ++j) {
+            if (done + j < count) {
+              const uint64_t lowest = active & (~active + 1);
+              active ^= lowest;
+              const int place = image_index(row, column + popcount(united[i] & (lowest - 1)));
+#pragma unroll
+              for (int s = 0; s < kSources; ++s) reinterpret_cast<__nv_bfloat16*>(image[s])[place] = values[s][j];
+              if (kFromSlots) {
+                l1 += fabsf(__bfloat162float(values[0][j]));
+                const int64_t out = packed + done + j;
+                if (p.packed_out != nullptr && out < p.packed_capacity)
+                  static_cast<__nv_bfloat16*>(p.packed_out)[out] = values[0][j];
+              }
+            }
           }
         }
+        packed += popcount(masks[i] & range);
+        column += popcount(united[i]);
       }
-      column += popcount(united);
     }
     if (p.l1_partial != nullptr) l1_rows[row] = counts ? l1 : 0.f;
     __syncthreads();
 #pragma unroll
     for (int s = 0; s < kSources; ++s) {
-      uint4* const out = static_cast<uint4*>(p.compact[s]) + int64_t{first_block + block} * kVectors;
+      uint4* const out = static_cast<uint4*>(p.compact[s]) + (first_block + block) * kVectors;
 #pragma unroll
       for (int i = 0; i < kVectors / kTokenTile; ++i) out[i * kTokenTile + row] = image[s][i * kTokenTile + row];
     }

@@ -6,7 +6,7 @@ namespace megasparse {
 namespace {
 
 constexpr int kTokenTile = 128;
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowsPerWarp = kTokenTile / kWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -26,6 +26,7 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
 }
 
 // scratch: active positions per row [Mp], then per tile: active, active of counted tokens, counted tokens [Mt each].
+// counted_words: as union_words, of counted tokens only.
 __global__ void __launch_bounds__(kThreads) tile_kernel(const ListsParams p, int words) {
   extern __shared__ uint64_t shared[];
   uint64_t* const union_s = shared;          // OR over the tile's rows
@@ -101,17 +102,17 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const ListsParams p, int
   __syncthreads();
 
   for (int w = warp; w < words; w += kWarps) {
-    const uint64_t word = union_s[w], fired = counted_s[w];
-    if (lane == 0) p.union_words[int64_t{tile} * words + w] = word;
+    const uint64_t word = union_s[w];
+    if (lane == 0) {
+      p.union_words[int64_t{tile} * words + w] = word;
+      p.counted_words[int64_t{tile} * words + w] = counted_s[w];
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int bit = lane + 32 * half;
       if (word >> bit & 1) {
         const int position = w * 64 + bit;
         p.union_index[int64_t{tile} * words * 64 + column_s[w] + popcount(word & below(bit))] = position;
-        const int neuron = p.order != nullptr ? p.order[position] : position;
-        atomicAdd(p.tile_counts + neuron, 1);
-        if (fired >> bit & 1) p.fired[neuron] = true;
       }
     }
   }
@@ -129,11 +130,33 @@ __device__ __forceinline__ int64_t block_sum(int64_t value, int64_t* shared) {
   return sum;
 }
 
-// Every CTA sums what lies before its tile: Mt^2 reads in all, which at Mt = 1024 is still only 16 MB from L2.
-__global__ void __launch_bounds__(kTokenTile, 4) scan_kernel(const ListsParams p) {
+// tile_counts and fired of the 64 neurons of one position tile; two threads a neuron, half of the token tiles each.
+__device__ void count_neurons(const ListsParams& p, int word, int words, int tiles, int64_t* shared) {
+  const int bit = threadIdx.x & 63, half = threadIdx.x / 64;
+  int count = 0, counted = 0;
+#pragma unroll 8
+  for (int tile = half; tile < tiles; tile += 2) {
+    count += static_cast<int>(p.union_words[int64_t{tile} * words + word] >> bit & 1);
+    counted |= static_cast<int>(p.counted_words[int64_t{tile} * words + word] >> bit & 1);
+  }
+  shared[threadIdx.x] = int64_t{count} * 2 + counted;
+  __syncthreads();
+  const int position = word * 64 + bit;
+  if (half == 0 && position < p.h_size) {
+    const int neuron = p.order != nullptr ? p.order[position] : position;
+    const int64_t a = shared[threadIdx.x], b = shared[threadIdx.x + 64];
+    p.tile_counts[neuron] = static_cast<int32_t>(a / 2 + b / 2);
+    p.fired[neuron] = ((a | b) & 1) != 0;
+  }
+}
+
+// One CTA per token tile, then one per position tile (count_neurons). Every CTA of a token tile sums what lies before
+// its tile: Mt^2 reads in all, which at Mt = 1024 is still only 16 MB from L2.
+__global__ void __launch_bounds__(kTokenTile, 4) scan_kernel(const ListsParams p, int tiles, int words) {
   __shared__ int64_t shared[kTokenTile];
   __shared__ int warp_sum[kTokenTile / 32];
-  const int tile = blockIdx.x, tiles = gridDim.x, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  if (blockIdx.x >= tiles) return count_neurons(p, blockIdx.x - tiles, words, tiles, shared);
+  const int tile = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   const int64_t padded_tokens = int64_t{tiles} * kTokenTile;
   int32_t* const count = p.tile_info + kUnionCount * (tiles + 1);
   const int32_t* const active = p.scratch + padded_tokens;
@@ -212,11 +235,8 @@ cudaError_t launch_lists(const ListsParams& p, cudaStream_t stream) {
   const int words = static_cast<int>((p.h_size + 63) / 64);
   const int bytes = words * (2 * sizeof(uint64_t) + sizeof(int));
   if (p.h_size < 1 || p.h_size > 65536 || p.m < 1) return cudaErrorInvalidValue;
-  cudaError_t error = cudaMemsetAsync(p.fired, 0, p.h_size * sizeof(bool), stream);
-  if (error == cudaSuccess) error = cudaMemsetAsync(p.tile_counts, 0, p.h_size * sizeof(int32_t), stream);
-  if (error != cudaSuccess) return error;
   tile_kernel<<<tiles, kThreads, bytes, stream>>>(p, words);
-  scan_kernel<<<tiles, kTokenTile, 0, stream>>>(p);
+  scan_kernel<<<tiles + words, kTokenTile, 0, stream>>>(p, tiles, words);
   return cudaGetLastError();
 }
 

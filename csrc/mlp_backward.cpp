@@ -74,9 +74,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_backward(
   const at::Tensor du = layer.worst_case();
   const at::Tensor h = layer.worst_case();
   const at::Tensor dg = layer.gated ? layer.worst_case() : at::Tensor();
-  const at::Tensor plan = run_plan(layer, pattern);
+  at::Tensor plan = run_plan(layer, pattern);
   // The slots of a repeated gate product lie where `dh` writes its packed values afterwards.
-  const Compact compact = restore_compact(layer, pattern, plan, packed, h);
+  Compact compact = restore_compact(layer, pattern, plan, packed, h);
 
   GatherNtParams dh = gather_nt_params(layer, pattern, plan, compact.base,
                                        layer.gated ? GatherNtMode::kDh : GatherNtMode::kDhPlain);
@@ -97,6 +97,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_backward(
   } else {
     run_gather_down(layer, pattern, compact.g.data_ptr(), w_in.data_ptr(), nullptr, nullptr, dx);
   }
+
+  compact = Compact();  // the weight gradients' scratch may lie there
+  plan.reset();
 
   const bool accumulate = main_w_in.has_value();
   at::Tensor dw_in = accumulate ? layer.empty({0}, at::kBFloat16) : at::empty_like(w_in);

@@ -21,6 +21,7 @@ PatternTensors make_lists(const Layer& layer, at::Tensor mask, const Statistics&
       layer.empty({3, layer.tiles + 1}, at::kInt),
   };
   const at::Tensor scratch = layer.empty({layer.padded_tokens() + 3 * layer.tiles}, at::kInt);
+  const at::Tensor counted_words = at::empty_like(pattern.union_words);
   ListsParams p{};
   p.mask = data<uint64_t>(pattern.mask);
   p.order = layer.order;
@@ -33,6 +34,7 @@ PatternTensors make_lists(const Layer& layer, at::Tensor mask, const Statistics&
   p.counts = data<int64_t>(statistics.counts);
   p.fired = data<bool>(statistics.fired);
   p.tile_counts = data<int32_t>(statistics.tile_counts);
+  p.counted_words = data<uint64_t>(counted_words);
   p.scratch = data<int32_t>(scratch);
   p.m = layer.m;
   p.h_size = layer.h;

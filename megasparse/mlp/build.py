@@ -171,8 +171,8 @@ def _run_ninja(directory: Path, objects_only: bool = False) -> None:
 
 
 def _first_error(text: str) -> str:
-    """The first compiler line that names a place and an error; else the end of the output."""
-    found = re.search(r"^\S+[(:]\d+.*error.*$", text, re.MULTILINE)
+    """The first line that names a place and an error; else any error; else the end of the output."""
+    found = re.search(r"^\S+[(:]\d+.*error.*$", text, re.MULTILINE) or re.search(r"^.*error:.*$", text, re.MULTILINE)
     return found.group(0) if found else text.strip()[-400:]
 
 

@@ -29,7 +29,7 @@ def make_case(tokens: int, width: int, hidden: int, gated: bool, pattern: str, s
     w_in = torch.randn(2 * hidden if gated else hidden, width, dtype=torch.float64, generator=generator) / width**0.5
     w_down = torch.randn(hidden, width, dtype=torch.float64, generator=generator) / hidden**0.5
     dy = torch.randn(tokens, width, dtype=torch.float64, generator=generator)
-    bias = 40.0
+    bias = 8.0  # against a standard deviation of 1
     gate = w_in[:hidden]
     if pattern == "sparse":
         x[:, 0] = 1
@@ -58,6 +58,8 @@ class Reference(NamedTuple):
     dw_in: Tensor
     dw_down: Tensor
     active: Tensor
+    magnitudes: tuple[Tensor, ...]
+    """Of y, l1, dx, dw_in, dw_down with every term of every sum taken positive: what rounding errors scale with."""
 
 
 def reference(case: Case, l1_weight: float, token_mask: Tensor | None = None) -> Reference:
@@ -72,7 +74,13 @@ def reference(case: Case, l1_weight: float, token_mask: Tensor | None = None) ->
     l1 = magnitudes.sum() if token_mask is None else magnitudes[token_mask].sum()
     loss = (y * case.dy.double()).sum() + l1_weight * l1
     gradients = torch.autograd.grad(loss, (x, w_in, w_down))
-    return Reference(y.detach(), l1.detach(), *gradients, g.detach() != 0)
+    with torch.no_grad():
+        dy = case.dy.double().abs()
+        dh = dy @ w_down.abs().t() + abs(l1_weight)
+        active = g != 0
+        da = torch.cat([dh * a[:, hidden:].abs() * active, dh * g], 1) if w_in.shape[0] != hidden else dh * active
+        products = (h.abs() @ w_down.abs(), l1, da @ w_in.abs(), da.t() @ x.abs(), h.abs().t() @ dy)
+    return Reference(y.detach(), l1.detach(), *gradients, active, products)
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:

@@ -24,11 +24,19 @@ NAMES = ("y", "l1", "dx", "dw_in", "dw_down")
 def _why_not() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA GPU"
-    return device_reason(torch.device("cuda"), torch.bfloat16, 64, 64)
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "no GPU of compute capability 9.0"
+    return None
 
 
 REASON = _why_not()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    """Where there is such a GPU, kernels that do not build are a failure, not a reason to test the dense path."""
+    assert device_reason(torch.device("cuda"), torch.bfloat16, 64, 64) is None
 
 
 def poison() -> None:
@@ -52,14 +60,18 @@ def check(case: Case, **options: object) -> None:
     """All five outputs no further from fp64 than the dense bf16 path's, and the same statistics."""
     wanted = reference(case, L1_WEIGHT, options.get("token_mask"))
     dense, sparse = run(case, "dense", token_mask=options.get("token_mask")), run(case, "sparse", **options)
-    for name, a, b, expected in zip(NAMES, dense[:5], sparse[:5], wanted[:5], strict=True):
-        dense_error, sparse_error = relative_error(a, expected), relative_error(b, expected)
-        assert dense_error < 0.03, f"{name}: dense path {dense_error}"
-        assert sparse_error <= 1.1 * dense_error + 2e-4, f"{name}: sparse {sparse_error}, dense {dense_error}"
-        worst = (b.double() - expected).abs().max() if b.numel() else torch.zeros(())
-        dense_worst = (a.double() - expected).abs().max() if b.numel() else torch.zeros(())
-        scale = expected.abs().max() if b.numel() else torch.zeros(())
-        assert worst <= 1.5 * dense_worst + 4e-3 * scale, f"{name}: worst element {worst}, dense {dense_worst}"
+    for name, a, b, expected, magnitude in zip(
+        NAMES, dense[:5], sparse[:5], wanted[:5], wanted.magnitudes, strict=True
+    ):
+        dense_error, sparse_error = (value.double() - expected for value in (a, b))
+        scale = float(magnitude.norm())
+        assert float(dense_error.norm()) <= 0.01 * scale, f"{name}: dense path {float(dense_error.norm())}"
+        assert float(sparse_error.norm()) <= 1.05 * float(dense_error.norm()) + 2e-4 * scale, (
+            f"{name}: sparse {float(sparse_error.norm())}, dense {float(dense_error.norm())}, scale {scale}"
+        )
+        if b.numel():  # no element far off, which a norm could hide
+            worst, allowed = float(sparse_error.abs().max()), float(dense_error.abs().max())
+            assert worst <= 1.5 * allowed + 1e-3 * float(magnitude.max()), f"{name}: element {worst}, dense {allowed}"
     # The two gate products may round differently at zero: a few neurons in a million may differ.
     tokens, active, fired, union, tiles, tile_counts = sparse[5:]
     assert tokens == dense[5]
@@ -127,7 +139,7 @@ def test_recorded_patterns(layer: str) -> None:
 
 def test_a_full_tile_of_256_neurons() -> None:
     case = make_case(300, 128, 1408, True, "all_off")
-    case.w_in[256:512, 0] = 40.0
+    case.w_in[256:512, 0] = 8.0
     check(case.to(torch.bfloat16, "cuda"))
 
 

@@ -27,6 +27,7 @@ struct ListsParams {
   int64_t* counts;            // out [4]: counted tokens, active (counted tokens), sum of U, Mt
   bool* fired;                // out [H], by neuron: active for some counted token
   int32_t* tile_counts;       // out [H], by neuron: token tiles whose union has it
+  uint64_t* counted_words;    // scratch [Mt, W]
   int32_t* scratch;           // [Mp + 3 Mt]
   int64_t m;
   int64_t h_size;             // H <= 65536
