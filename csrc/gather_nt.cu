@@ -66,48 +66,103 @@ __device__ __forceinline__ Unit load_unit(const GatherNtParams& p, int index) {
 
 // ---- producer ----
 
+constexpr int kRowsPerThread = 4 * kMaxBlocks;  // a thread fills rows thread / 8 + 16 i of B, chunk thread % 8
+
+// Weight rows of a unit's columns. Padding columns take row 0: the epilogue drops what they give.
+struct Rows {
+  int row[kRowsPerThread];
+
+  __device__ __forceinline__ void fetch_columns(const GatherNtParams& p, const Unit& unit, int64_t union_stride) {
+    const int32_t* idx = p.union_idx + unit.tile * union_stride + unit.first * kBlock;
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      const uint32_t n = (threadIdx.x >> 3) + 16 * i;
+      row[i] = i < 4 * unit.blocks ? __ldg(idx + (n & ~63u) + 16 * ((n >> 1) & 3) + 2 * ((n >> 3) & 7) + (n & 1)) : 0;
+    }
+  }
+  __device__ __forceinline__ void look_up(const GatherNtParams& p) {
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      row[i] = max(row[i], 0);
+      if (p.order != nullptr) row[i] = __ldg(p.order + row[i]);
+    }
+  }
+};
+
+// Loads one unit; meanwhile `rows` goes on to hold those of the next one.
 template <int kBlocks>
-__device__ __forceinline__ void load_tile(const GatherNtParams& p, const CUtensorMap* map_a, Shared& s, const Unit& unit,
-                                          RingState<kStages>& ring, int64_t union_stride) {
+__device__ __forceinline__ void load_tile(const GatherNtParams& p, const CUtensorMap* map_a, Shared& s, int tile, Rows& rows,
+                                          const Unit& next, int64_t union_stride, RingState<kStages>& ring) {
+  constexpr int kUnroll = 4;  // steps that share the source addresses
   const int thread = threadIdx.x;
   const uint32_t chunk = thread & 7;
-  const uint32_t slot = thread >> 3;  // this thread fills rows slot + 16 i of B
-  const int32_t* idx = p.union_idx + unit.tile * union_stride + unit.first * kBlock;
-  uint32_t offset[4 * kBlocks];  // bytes from the weight's start
-  uint32_t present = 0;          // bit i: row slot + 16 i is no padding
-  const uint32_t row_bytes = static_cast<uint32_t>(p.d) * 2;
+  const int64_t row_bytes = p.d * 2;
+  const char* source[4 * kBlocks];
 #pragma unroll
-  for (int i = 0; i < 4 * kBlocks; ++i) {
-    const uint32_t n = slot + 16 * i;
-    int row = __ldg(idx + (n & ~63u) + 16 * ((n >> 1) & 3) + 2 * ((n >> 3) & 7) + (n & 1));
-    if (row >= 0) {
-      present |= 1u << i;
-      if (p.order != nullptr) row = __ldg(p.order + row);
-    }
-    offset[i] = max(row, 0) * row_bytes + chunk * 16;
-  }
-  const uint32_t destination = swizzle128(slot, chunk) + kBytesA;  // slot + 16 i has the same low three bits
-  const char* source = static_cast<const char*>(p.weight);
-  const int steps = static_cast<int>((p.d + kDepth - 1) / kDepth);
-  for (int step = 0; step < steps; ++step) {
+  for (int i = 0; i < 4 * kBlocks; ++i) source[i] = static_cast<const char*>(p.weight) + rows.row[i] * row_bytes + chunk * 16;
+  if (next.blocks > 0) rows.fetch_columns(p, next, union_stride);
+
+  const uint32_t destination = swizzle128(thread >> 3, chunk) + kBytesA;  // rows 16 apart have the same low three bits
+  const auto begin_stage = [&](int step) {
     mbarrier_wait(&s.empty[ring.stage], ring.parity ^ 1);
-    uint8_t* stage = s.stage[ring.stage];
-    uint64_t* full = &s.full[ring.stage];
     if (thread == 0) {
-      mbarrier_arrive_expect_tx(full, kBytesA);
-      tma_load_2d(stage, map_a, step * kDepth, unit.tile * kTokens, full, kEvictNormal);
+      mbarrier_arrive_expect_tx(&s.full[ring.stage], kBytesA);
+      tma_load_2d(s.stage[ring.stage], map_a, step * kDepth, tile * kTokens, &s.full[ring.stage], kEvictNormal);
     }
-    // Beyond D the copy writes zeros and reads nothing.
-    const bool inside = step * kDepth + static_cast<int>(chunk) * 8 < p.d;
-    const uint32_t valid = inside ? present : 0;
-    const uint32_t smem = smem_addr(stage) + destination;
+    return smem_addr(s.stage[ring.stage]) + destination;
+  };
+  const int full_steps = static_cast<int>(p.d / kDepth);
+#pragma unroll 1
+  for (int first = 0; first < full_steps; first += kUnroll) {
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      if (first + k < full_steps) {
+        const uint32_t smem = begin_stage(first + k);
+#pragma unroll
+        for (int i = 0; i < 4 * kBlocks; ++i) cp_async_16(smem + i * 16 * 128, source[i] + k * kDepth * 2);
+        mbarrier_arrive_cp_async(&s.full[ring.stage]);
+        ring.advance();
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kBlocks; ++i) source[i] += kUnroll * kDepth * 2;
+    if (first == 0 && next.blocks > 0) rows.look_up(p);
+  }
+  if (full_steps == 0 && next.blocks > 0) rows.look_up(p);
+  if (p.d % kDepth != 0) {
+    const uint32_t smem = begin_stage(full_steps);
+    const int back = ((full_steps + kUnroll - 1) / kUnroll * kUnroll - full_steps) * kDepth * 2;
+    const bool inside = full_steps * kDepth + static_cast<int>(chunk) * 8 < p.d;
 #pragma unroll
     for (int i = 0; i < 4 * kBlocks; ++i) {
-      cp_async_16(smem + i * 16 * 128, source + offset[i], valid >> i & 1);
+      cp_async_16(smem + i * 16 * 128, inside ? source[i] - back : p.weight, inside);
     }
-    mbarrier_arrive_cp_async(full);
-    source += kDepth * 2;
+    mbarrier_arrive_cp_async(&s.full[ring.stage]);
     ring.advance();
+  }
+}
+
+__device__ __forceinline__ void produce(const GatherNtParams& p, const CUtensorMap* map_a, Shared& s) {
+  const int64_t union_stride = (p.h + kBlock - 1) / kBlock * kBlock;
+  const int units = p.plan[0], stride = gridDim.x;
+  int index = blockIdx.x;
+  if (index >= units) return;
+  RingState<kStages> ring;
+  Rows rows;
+  Unit unit = load_unit(p, index);
+  Unit next = index + stride < units ? load_unit(p, index + stride) : Unit{};
+  rows.fetch_columns(p, unit, union_stride);
+  rows.look_up(p);
+  while (true) {
+    switch (unit.blocks) {
+      case 3: load_tile<3>(p, map_a, s, unit.tile, rows, next, union_stride, ring); break;
+      case 2: load_tile<2>(p, map_a, s, unit.tile, rows, next, union_stride, ring); break;
+      default: load_tile<1>(p, map_a, s, unit.tile, rows, next, union_stride, ring); break;
+    }
+    index += stride;
+    if (index >= units) return;
+    unit = next;
+    next = index + stride < units ? load_unit(p, index + stride) : Unit{};
   }
 }
 
@@ -284,10 +339,8 @@ __device__ __forceinline__ void finish(const GatherNtParams& p, Shared& s) {
         float sum = 0.f;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          hidden[k] = mul_bf16(now.g.word[k], product.word[k]);
-          // Not hidden of inactive columns: 0 times an infinite u.
-          const uint32_t active = hidden[k] & halves[k];
-          sum += fabsf(bf16_first(active)) + fabsf(bf16_second(active));
+          hidden[k] = mul_bf16(now.g.word[k], product.word[k]) & halves[k];
+          sum += fabsf(bf16_first(hidden[k])) + fabsf(bf16_second(hidden[k]));
         }
         store_chunks(p.g_compact, at, hidden);
         if (now.counted) l1 += sum;
@@ -308,8 +361,8 @@ __device__ __forceinline__ void finish(const GatherNtParams& p, Shared& s) {
             hidden[k] = mul_bf16(gate, up);
             const uint32_t sign = sign_bf16(hidden[k]);
             const float total0 = fmaf(scale, bf16_first(sign), dh0), total1 = fmaf(scale, bf16_second(sign), dh1);
-            first[k] = pack_bf16(total0 * bf16_first(up), total1 * bf16_second(up));
-            second[k] = pack_bf16(total0 * bf16_first(gate), total1 * bf16_second(gate));
+            first[k] = pack_bf16(total0 * bf16_first(up), total1 * bf16_second(up)) & halves[k];
+            second[k] = pack_bf16(total0 * bf16_first(gate), total1 * bf16_second(gate)) & halves[k];
           } else {
             hidden[k] = gate;
             first[k] = pack_bf16(dh0 + scale, dh1 + scale) & halves[k];
@@ -359,23 +412,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    setmaxnreg_decrease<56>();
-    const int64_t union_stride = (p.h + kBlock - 1) / kBlock * kBlock;
-    const int units = p.plan[0];
-    RingState<kStages> ring;
-    for (int index = blockIdx.x; index < units; index += gridDim.x) {
-      const Unit unit = load_unit(p, index);
-      switch (unit.blocks) {
-        case 3: load_tile<3>(p, &map_a, s, unit, ring, union_stride); break;
-        case 2: load_tile<2>(p, &map_a, s, unit, ring, union_stride); break;
-        default: load_tile<1>(p, &map_a, s, unit, ring, union_stride); break;
-      }
-    }
+    setmaxnreg_decrease<80>();
+    produce(p, &map_a, s);
   } else if (threadIdx.x < 384) {
-    setmaxnreg_increase<176>();
+    setmaxnreg_increase<152>();
     consume(p, s);
   } else {
-    setmaxnreg_decrease<104>();
+    setmaxnreg_decrease<112>();
     finish<kMode>(p, s);
   }
 }
@@ -466,7 +509,6 @@ cudaError_t launch_gather_nt_plan(const int32_t* union_count, int64_t m, int64_t
 cudaError_t launch_gather_nt(const GatherNtParams& p, cudaStream_t stream) {
   if (p.m == 0) return cudaSuccess;
   if (p.m < 0 || p.h <= 0 || p.d <= 0 || p.d % 8 != 0 || p.sm_count <= 0) return cudaErrorInvalidValue;
-  if (p.h * p.d * 2 > INT64_C(0xFFFFFFFF)) return cudaErrorInvalidValue;  // 32-bit row offsets
   if (reinterpret_cast<uintptr_t>(p.a) % 16 != 0 || reinterpret_cast<uintptr_t>(p.weight) % 16 != 0) return cudaErrorInvalidValue;
   CUtensorMap map_a;
   const cudaError_t error = make_matrix_map(&map_a, p.a, p.m, p.d, kTokens);

@@ -19,6 +19,10 @@ __device__ __forceinline__ uint32_t swizzle128(uint32_t row, uint32_t chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
+// Copies 16 bytes. Many in a row run only as fast as their address registers are free: keep each source in its own.
+__device__ __forceinline__ void cp_async_16(uint32_t smem, const void* src) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(smem), "l"(src) : "memory");
+}
 // Copies 16 bytes, or writes 16 zero bytes if not `valid` (`src` must be an address that could be read all the same).
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem), "l"(src), "r"(valid ? 16 : 0)
