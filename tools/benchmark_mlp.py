@@ -3,6 +3,7 @@
 
     python tools/benchmark_mlp.py                                   uniform random patterns
     python tools/benchmark_mlp.py --patterns DIR                    and the recorded ones in DIR/*.npz
+    python tools/benchmark_mlp.py --capture runs/NAME               and every layer of a checkpoint, on its data
     python tools/benchmark_mlp.py --peer CHECKOUT                   and the published kernels (arXiv 2603.23198)
     python tools/benchmark_mlp.py --tokens 16384 --width 4096 --hidden 14336 --l0 60 --profile
 
@@ -77,6 +78,36 @@ def cases(arguments: argparse.Namespace) -> Iterator[Layer]:
         pattern = pattern.repeat(-(-tokens // len(pattern)), 1)[:tokens]
         x, w_gate = synthetic.fit(pattern, width, generator)
         yield Layer(path.stem, x, *weights(w_gate), generator)
+
+    if arguments.capture:
+        for index, (x, w_in, w_down) in sorted(captured(arguments.capture, tokens).items()):
+            yield Layer(f"captured {index}", x, w_in, w_down, generator)
+
+
+def captured(run: Path, tokens: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Input and weights of every (gated) sparse MLP of a checkpoint while it is validated on its own data."""
+    from megasparse.megatron import SparseMLP
+    from megasparse.training.evaluate import evaluate
+
+    inputs: dict[int, list[Tensor]] = {}
+    weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(module, SparseMLP):
+            kept = inputs.setdefault(module.layer_index, [])
+            if sum(map(len, kept)) < tokens:
+                kept.append(arguments[0].detach().flatten(0, -2).clone())
+            weights[module.layer_index] = (
+                module.linear_fc1.weight.detach().clone(),
+                module.linear_fc2.weight.detach().clone(),
+            )
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        evaluate(run, ["training.eval_steps=1"])
+    finally:
+        handle.remove()
+    return {index: (torch.cat(kept)[:tokens], *weights[index]) for index, kept in inputs.items()}
 
 
 def milliseconds(function: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -258,6 +289,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=5632)
     parser.add_argument("--l0", type=float, nargs="*", default=[10, 30, 60, 120, 300], help="uniform random patterns")
     parser.add_argument("--patterns", type=Path, help="directory of recorded patterns (*.npz, packed bits in `a`)")
+    parser.add_argument("--capture", type=Path, help="run or checkpoint whose layers are measured too")
     parser.add_argument("--peer", type=Path, help="checkout of the published kernels, measured too")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--profile", action="store_true", help="print the time of each kernel")

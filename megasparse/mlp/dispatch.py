@@ -18,16 +18,19 @@ _log = logging.getLogger("megasparse.mlp")
 Mode = Literal["auto", "dense", "sparse"]
 
 # Cost of a forward + backward in units of one dense [M, D] x [D, H] product; the dense path has nine of them.
-# Fitted to the times that tools/benchmark_mlp.py measures on an H200 (docs/benchmarks.md).
+# Fitted to times of recorded layers on an H200 at M 16384, D 2048, H 5632 (tools/benchmark_mlp.py --profile), where
+# it predicts 0.22, 0.46, 0.50, 0.95 of the dense path's time and 0.26, 0.44, 0.49, 0.95 was measured.
 DENSE_COST = 9.0
-GATE_COST = 1.1
-LISTS_COST = 0.35
-UNION_EFFICIENCY = 0.7
+FIXED_COST = 1.2
+"""The gate product, and lists that do not depend on the pattern."""
+EXPAND_COST = 0.9
+"""Compact activations, written and read, at a union of all neurons."""
+UNION_EFFICIENCY = 0.83
 """FLOP rate of the products over tile unions, relative to a dense product."""
-WGRAD_EFFICIENCY = 0.6
+WGRAD_EFFICIENCY = 0.72
 """The same for the weight gradients."""
 
-ENTER_SPARSE, LEAVE_SPARSE = 0.93, 0.99
+ENTER_SPARSE, LEAVE_SPARSE = 0.95, 1.0
 """Predicted sparse / dense time below which a layer goes sparse, and above which it goes dense again."""
 
 
@@ -41,8 +44,8 @@ def predicted_ratio(union_fraction: float, ordered: bool) -> float:
     """
     share = min(max(union_fraction, 0.0), 1.0)
     token_share = share if ordered else math.sqrt(share)
-    cost = GATE_COST + LISTS_COST + 5 * share / UNION_EFFICIENCY + 3 * token_share / WGRAD_EFFICIENCY
-    return cost / DENSE_COST
+    products = 5 * share / UNION_EFFICIENCY + 3 * token_share / WGRAD_EFFICIENCY
+    return (FIXED_COST + EXPAND_COST * share + products) / DENSE_COST
 
 
 class LayerRouter:
