@@ -264,7 +264,7 @@ class _Streaming(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             nothing = io.BytesIO()
-            torch.save(None, nothing)
+            torch.save([None], nothing)  # Megatron-Core packs each object into a list
             return nothing
         assert write_item.tensor_data is not None
         block = write_item.tensor_data.chunk

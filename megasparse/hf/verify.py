@@ -132,13 +132,14 @@ def _config(source: Source) -> Config:
 def _single_process() -> Iterator[None]:
     """Megatron's process groups for a job of this process alone."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
 
     if dist.is_initialized():
         raise RuntimeError("a process group exists already; verify in a process of its own")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,19 @@ def load(raw: dict[str, Any], path: Path, vocabulary: int) -> np.ndarray | None:
     return _logits(model, vocabulary)
 
 
+def load_all(cases: list[tuple[str, Path, int]]) -> dict[str, np.ndarray | None]:
+    """`load` at TP 2 x PP 2 for (name of MODELS, checkpoint, vocabulary) each."""
+    from megatron.core import parallel_state
+
+    found = {}
+    for name, path, vocabulary in cases:
+        raw = config_of(name, tensor=2, pipeline=2)
+        raw["checkpoint"] = {"directory": str(path.parent / "new")}
+        found[name] = load(raw, path, vocabulary)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
 def verify(checkpoint: Path, folder: Path) -> Any:
     """`compare` in a process without a process group."""
     from megasparse.hf.verify import compare
@@ -157,8 +171,14 @@ def verify(checkpoint: Path, folder: Path) -> Any:
     return compare(checkpoint, folder, tokens=48)
 
 
-def write_plain(path: Path, raw: dict[str, Any], scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Path:
-    """A checkpoint of a configuration with random weights, written without Megatron."""
+def write_plain(
+    path: Path,
+    raw: dict[str, Any],
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    make: Callable[[Any], torch.Tensor] | None = None,
+) -> Path:
+    """A checkpoint of a configuration, written without Megatron; its weights are random, or made by `make`."""
     from megasparse.config import parse_config
     from megasparse.hf.architectures import architecture_of
     from megasparse.hf.megatron_files import write_checkpoint
@@ -176,7 +196,7 @@ def write_plain(path: Path, raw: dict[str, Any], scale: float = 1.0, dtype: torc
         cfg.model.num_layers,
         dtype,
         common,
-        lambda weight: scale * torch.randn(weight.shape, generator=generator, dtype=dtype),
+        make or (lambda weight: scale * torch.randn(weight.shape, generator=generator, dtype=dtype)),
         lambda count: None,
     )
     seal(path, 0)
