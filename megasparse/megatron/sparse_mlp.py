@@ -33,7 +33,7 @@ Mode = Literal["auto", "dense", "sparse"]
 _log = logging.getLogger("megasparse")
 
 _gathered_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Sequence-parallel part of a padding mask -> the whole: every layer of a forward pass gets the same tensor."""
+"""Sequence-parallel part of a padding mask -> its version, the whole. All layers of a forward pass get the same."""
 
 
 class SparseMLP(MegatronModule):
@@ -169,12 +169,7 @@ class SparseMLP(MegatronModule):
         mask = padding.bool()
         if self.sequence_parallel and mask.shape == (batch, tokens // self.tp_group.size()):
             # GPTModel has scattered it, but on the first pipeline stage only.
-            whole = _gathered_masks.get(padding)
-            if whole is None:
-                parts = mask.t().contiguous().to(torch.uint8)
-                whole = gather_from_sequence_parallel_region(parts, group=self.tp_group).bool().t()
-                _gathered_masks[padding] = whole
-            mask = whole
+            mask = _gather_mask(padding, self.tp_group)
         if mask.shape != (batch, tokens):
             raise ValueError(
                 f"layer {self.layer_index}: padding_mask must be [{batch}, {tokens}] (batch, sequence); "
@@ -209,6 +204,18 @@ def _fusable(weight: torch.nn.Parameter) -> bool:
         and main.is_contiguous()
         and hasattr(weight, "grad_added_to_main_grad")
     )
+
+
+def _gather_mask(padding: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """bool [b, s / tp] of every tensor-parallel rank -> bool [b, s]; remembered while `padding` stays as it is."""
+    version = None if padding.is_inference() else padding._version
+    known = _gathered_masks.get(padding)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    parts = padding.bool().t().contiguous().to(torch.uint8)
+    whole = gather_from_sequence_parallel_region(parts, group=group).bool().t()
+    _gathered_masks[padding] = version, whole
+    return whole
 
 
 @cache

@@ -140,7 +140,7 @@ class Model:
         per_pass = self.cfg.training.micro_batch_size
         for first in range(rank * per_pass, self.cfg.training.global_batch_size, size * per_pass):
             part = {name: value[first : first + per_pass] for name, value in whole.items()}
-            yield get_batch_on_this_cp_rank(part, **_ZIGZAG)
+            yield get_batch_on_this_cp_rank(part, cp_group=parallel_state.get_context_parallel_group(), **_ZIGZAG)
 
     def forward_backward(
         self,
