@@ -74,12 +74,12 @@ def reference(case: Case, l1_weight: float, token_mask: Tensor | None = None) ->
     l1 = magnitudes.sum() if token_mask is None else magnitudes[token_mask].sum()
     loss = (y * case.dy.double()).sum() + l1_weight * l1
     gradients = torch.autograd.grad(loss, (x, w_in, w_down))
-    with torch.no_grad():
+    with torch.no_grad():  # a and h are still part of the graph
         dy = case.dy.double().abs()
         dh = dy @ w_down.abs().t() + abs(l1_weight)
         active = g != 0
         da = torch.cat([dh * a[:, hidden:].abs() * active, dh * g], 1) if w_in.shape[0] != hidden else dh * active
-        products = (h.abs() @ w_down.abs(), l1, da @ w_in.abs(), da.t() @ x.abs(), h.abs().t() @ dy)
+        products = (h.abs() @ w_down.abs(), l1.detach(), da @ w_in.abs(), da.t() @ x.abs(), h.abs().t() @ dy)
     return Reference(y.detach(), l1.detach(), *gradients, active, products)
 
 
