@@ -117,7 +117,8 @@ class L1Config(Section):
     min_coeff: PositiveFloat = 1e-7
     max_coeff: PositiveFloat = 2e-3
     gain: PositiveFloat = 0.03
-    """target: log coeff += gain * clip(log(EMA of L0 / target), -1, 1), every step."""
+    """target: log coeff += gain * clip(e, -1, 1) every step, e the log(L0 / target) expected some steps ahead
+    (training/l1.py)."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """target: decay of the running mean of each layer's L0."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -59,6 +59,22 @@ class TrainState:
     """Small picklable things that observers want saved with every checkpoint and given back on resume, by name."""
 
 
+class Observer(Protocol):
+    """What the loop calls; `Callback` says when."""
+
+    def on_start(self, state: TrainState) -> None: ...
+
+    def on_step_start(self, state: TrainState) -> None: ...
+
+    def on_step_end(self, state: TrainState, metrics: Metrics) -> None: ...
+
+    def on_eval(self, state: TrainState, metrics: Metrics) -> None: ...
+
+    def on_checkpoint(self, state: TrainState, path: Path) -> None: ...
+
+    def on_end(self, state: TrainState) -> None: ...
+
+
 class Callback:
     """Base of observers: every method does nothing. Subclasses override what they need."""
 
@@ -91,7 +107,7 @@ class Callback:
 class CallbackList(Callback):
     """Calls several observers, in order."""
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, callbacks: Sequence[Observer]) -> None:
         self.callbacks = list(callbacks)
 
     def on_start(self, state: TrainState) -> None:

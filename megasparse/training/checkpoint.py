@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -32,6 +29,15 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 
 from megasparse.config import Config
 from megasparse.training.callbacks import TrainState
+from megasparse.training.checkpoint_content import (
+    check_same_model,
+    get_rank_state,
+    layout,
+    neuron_shard,
+    rank_object,
+    set_rank_state,
+    unwrapped,
+)
 from megasparse.training.checkpoint_files import (
     CheckpointError,
     DamagedError,
@@ -55,16 +61,6 @@ _METADATA = {
     "singleton_local_shards": False,
 }
 """Megatron's sharded state formats: those that load at any layout."""
-
-RECORDER_SUMS = ("tokens", "active", "l1", "union", "tiles", "tile_counts", "fired")
-"""Sums of `LayerStats` since the last log step: routers and metrics go on as if nothing had happened."""
-
-MODEL_KEYS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "gated",
-    "vocab_size", "normalization", "qkv_bias", "qk_norm", "tie_embeddings",
-)  # fmt: skip
-"""Keys of `model` that must be the same when a checkpoint is loaded."""
-
 
 class Checkpointer:
     """Saves checkpoints of one run and finds the one to resume from. All methods are collective.
@@ -195,7 +191,9 @@ class Checkpointer:
         _check_content(path)
         common = dist_checkpointing.load_common_state_dict(str(path))
         check_same_model(self._cfg, common["run"]["config"], path, optimizer=True)
-        same_layout = common["run"]["layout"] == _layout(self._cfg)
+        if "layout" not in common["run"]:
+            raise CheckpointError(f"{path} holds weights alone, not a run: set checkpoint.load_scope: weights")
+        same_layout = common["run"]["layout"] == layout(self._cfg)
         loaded = self._load(path, self._content(state, loading=True, per_rank=same_layout))
         self._set_model(state.model, loaded)
         state.optimizer.load_state_dict(loaded["optimizer"])
@@ -211,7 +209,7 @@ class Checkpointer:
         if self._cfg.sparsity.l1.mode == run["config"]["sparsity"]["l1"]["mode"]:
             state.l1.load_state_dict(run["l1"])
         if same_layout:
-            _set_rank_state(loaded["rank"], state)
+            set_rank_state(loaded["rank"], state)
         elif dist.get_rank() == 0:
             log.info(
                 "checkpoint: %s was saved at another layout (%s); random states start anew from the seed and layers "
@@ -244,21 +242,21 @@ class Checkpointer:
         sharded["optimizer"] = state.optimizer.sharded_state_dict(dict(sharded), is_loading=loading, metadata=_METADATA)
         if not loading:
             share_idle_steps(state.mlps)
-        sharded["neurons"] = {str(mlp.layer_index): _neuron_shard(mlp) for mlp in state.mlps}
+        sharded["neurons"] = {str(mlp.layer_index): neuron_shard(mlp) for mlp in state.mlps}
         if per_rank:
-            sharded["rank"] = _rank_object(None if loading else _get_rank_state(state))
+            sharded["rank"] = rank_object(None if loading else get_rank_state(state))
         return sharded
 
     def _model_content(self, model: Sequence[torch.nn.Module]) -> dict[str, Any]:
         names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
         return {
-            name: _unwrapped(chunk).sharded_state_dict(prefix="", metadata=dict(_METADATA))
+            name: unwrapped(chunk).sharded_state_dict(prefix="", metadata=dict(_METADATA))
             for name, chunk in zip(names, model, strict=True)
         }
 
     def _set_model(self, model: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
         for index, chunk in enumerate(model):
-            _unwrapped(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"])
+            unwrapped(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"])
 
     def _run_content(self, state: TrainState, extra: dict[str, Any]) -> dict[str, Any]:
         """What is saved once. Observers keep theirs on the writing rank; all ranks must save the same."""
@@ -272,43 +270,10 @@ class Checkpointer:
             "wandb_run_id": observers[0],
             "observers": observers[1],
             "l1": state.l1.state_dict(),
-            "layout": _layout(self._cfg),
+            "layout": layout(self._cfg),
             "config": self._cfg.model_dump(mode="json"),
             "extra": extra,
         }
-
-
-def check_same_model(cfg: Config, saved: dict[str, Any], path: Path, optimizer: bool) -> None:
-    """Compares the model of a checkpoint (its configuration) with that of the run.
-
-    Raises:
-        CheckpointError: they differ; the message names every key.
-    """
-    own = cfg.model_dump(mode="json")
-    own, saved = ({**whole, "model": _sizes_written_out(whole["model"])} for whole in (own, saved))
-    keys = [("model", key) for key in MODEL_KEYS]
-    if optimizer:
-        keys += [("parallel", "distributed_optimizer"), ("training", "precision")]
-    different = [
-        f"{section}.{key}: {saved[section].get(key)} there, {own[section][key]} here"
-        for section, key in keys
-        if saved[section].get(key) != own[section][key]
-    ]
-    if different:
-        raise CheckpointError(
-            f"{path} is of another run:\n  " + "\n  ".join(different) + "\nGo on with the configuration it was saved "
-            "with, or choose another checkpoint.directory."
-        )
-
-
-def _sizes_written_out(model: dict[str, Any]) -> dict[str, Any]:
-    """None for a default size and that size are the same model."""
-    heads = model["num_attention_heads"]
-    return {
-        **model,
-        "num_query_groups": model["num_query_groups"] or heads,
-        "kv_channels": model["kv_channels"] or model["hidden_size"] // heads,
-    }
 
 
 def _check_content(path: Path) -> None:
@@ -332,81 +297,6 @@ def config_of(path: Path) -> dict[str, Any]:
     if problem is not None:
         raise DamagedError(f"{path} is not a complete checkpoint: {problem}")
     return dict(dist_checkpointing.load_common_state_dict(str(path))["run"]["config"])
-
-
-def _layout(cfg: Config) -> dict[str, int]:
-    return {
-        "world": dist.get_world_size(),
-        "tensor": cfg.parallel.tensor,
-        "pipeline": cfg.parallel.pipeline,
-        "virtual_pipeline": cfg.parallel.virtual_pipeline or 1,
-        "context": cfg.parallel.context,
-    }
-
-
-def _unwrapped(chunk: torch.nn.Module) -> Any:
-    """The model inside DistributedDataParallel; checkpoints do not know of wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
-
-
-def _neuron_shard(mlp: Any) -> ShardedTensor:
-    """int32 [H]: steps since each neuron of a layer last fired, this tensor-parallel rank's part of it."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    return ShardedTensor.from_rank_offsets(
-        f"neurons.{mlp.layer_index}.steps_since_fired",
-        mlp.recorder.steps_since_fired,
-        (0, rank, size),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
-
-
-def _rank_object(data: Any) -> ShardedObject:
-    """A value of this rank's own, found again by its place in the layout."""
-    shape = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-    )
-    place = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
-    return ShardedObject("rank", data, shape, place, replica_id=0)
-
-
-def _get_rank_state(state: TrainState) -> dict[str, Any]:
-    """Random states and routers, as plain values and tensors."""
-    numpy_state: Any = np.random.get_state()
-    name, keys, position, has_gauss, gauss = numpy_state
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-        "routers": {str(mlp.layer_index): mlp.router.state_dict() for mlp in state.mlps},
-        "sums": {
-            str(mlp.layer_index): {name: getattr(mlp.recorder, name).cpu() for name in RECORDER_SUMS}
-            for mlp in state.mlps
-        },
-    }
-
-
-def _set_rank_state(saved: dict[str, Any], state: TrainState) -> None:
-    random.setstate(saved["python"])
-    name, keys, position, has_gauss, gauss = saved["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(saved["torch"])
-    torch.cuda.set_rng_state(saved["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(saved["tracker"])
-    for mlp in state.mlps:
-        mlp.router.load_state_dict(saved["routers"][str(mlp.layer_index)])
-        for name, value in saved["sums"][str(mlp.layer_index)].items():
-            getattr(mlp.recorder, name).copy_(value)
 
 
 def _on_first_rank(action: Callable[[], Any]) -> Any:

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megasparse.config import Config, ConfigError, Problem, dump_config
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.training import checkpoint_files
-from megasparse.training.callbacks import Callback, CallbackList, Metrics, TrainState
+from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer
 from megasparse.training.checkpoint_files import CheckpointError
 from megasparse.training.data import StepLoader, check_probes, data_probes
@@ -201,7 +201,7 @@ def save(run: Run) -> None:
     run.checkpointer.save(run.state, {"data": [list(probe) for probe in probes]})
 
 
-def pretrain(cfg: Config, callbacks: Sequence[Callback] | None = None) -> int:
+def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     """Trains as the configuration says, from scratch or from the newest checkpoint of the run.
 
     Args:
@@ -237,7 +237,7 @@ def pretrain(cfg: Config, callbacks: Sequence[Callback] | None = None) -> int:
 
 
 def start(
-    cfg: Config, launch: Launch, device: torch.device, stop: StopWatcher, callbacks: Sequence[Callback] | None
+    cfg: Config, launch: Launch, device: torch.device, stop: StopWatcher, callbacks: Sequence[Observer] | None
 ) -> Run:
     """Builds everything and brings it to where the run left off."""
     first = launch.rank == 0

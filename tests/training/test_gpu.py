@@ -1,0 +1,103 @@
+"""Whole training runs on GPUs: the sparse kernels train as the dense path does, to within bf16 rounding."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from megasparse.mlp.cuda import device_reason
+from tests.launch import free_port
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HIDDEN, WIDTH, STEPS = 512, 1408, 50
+
+if torch.cuda.is_available():
+    REASON = device_reason(torch.device("cuda"), torch.bfloat16, HIDDEN, WIDTH)
+else:
+    REASON = "no CUDA GPU"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a data set of real text, its tokenizer beside it."""
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [str(file) for file in sorted(library.glob("[a-f]*.py"))]
+    command = [sys.executable, "-m", "megasparse", "preprocess", *files, "--output", str(prefix)]
+    subprocess.run([*command, "--train-tokenizer", "1024", "--workers", "4"], cwd=ROOT, check=True)
+    return prefix
+
+
+def start(text: Path, directory: Path, tensor: int, path: str, micro_batch: int) -> subprocess.Popen[bytes]:
+    """Begin a run of 50 steps of a small GPT in bf16 on `tensor` GPUs."""
+    directory.mkdir(parents=True)
+    config = directory / "config-in.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "run": {"name": directory.name, "directory": str(directory)},
+                "model": {
+                    "num_layers": 4,
+                    "hidden_size": HIDDEN,
+                    "ffn_hidden_size": WIDTH,
+                    "num_attention_heads": 8,
+                    "vocab_size": 1024,
+                },
+                "sparsity": {"path": path, "l1": {"mode": "constant", "coeff": 1e-4}},
+                "parallel": {"tensor": tensor, "sequence_parallel": tensor > 1},
+                "data": {
+                    "blend": str(text),
+                    "split": "1,0,0",
+                    "tokenizer": f"{text}-tokenizer",
+                    "sequence_length": 512,
+                },
+                "training": {
+                    "micro_batch_size": micro_batch,
+                    "global_batch_size": 8,
+                    "steps": STEPS,
+                    "eval_steps": 0,
+                },
+                "optimizer": {"lr": 1e-3, "schedule": {"kind": "constant", "warmup_steps": 10}},
+                "checkpoint": {"interval": 0},
+                "logging": {"interval": 1, "report": False},
+            }
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={tensor}"]
+    command += [f"--master-port={free_port()}", "-m", "megasparse", "pretrain", str(config)]
+    with (directory / "console.log").open("w") as stream:
+        return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+
+
+def losses(process: subprocess.Popen[bytes], directory: Path) -> torch.Tensor:
+    """fp64 [STEPS], when the run is over."""
+    code = process.wait(timeout=300)
+    assert code == 0, (directory / "console.log").read_text()[-4000:]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    values = {row["step"]: row["loss/lm"] for row in rows if row["split"] == "train"}
+    return torch.tensor([values[step] for step in range(1, STEPS + 1)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_sparse_kernels_train_as_the_dense_path(tensor: int, text: Path, tmp_path: Path) -> None:
+    """The gap must be that of two dense runs which differ in rounding alone (size of the micro-batches)."""
+    if torch.cuda.device_count() < tensor:
+        pytest.skip(f"needs {tensor} GPUs")
+    runs = {"dense": ("dense", 8), "dense-halves": ("dense", 4), "sparse": ("sparse", 8)}
+    processes = {name: start(text, tmp_path / name, tensor, *how) for name, how in runs.items()}
+    curves = {name: losses(process, tmp_path / name) for name, process in processes.items()}
+    noise = (curves["dense-halves"] - curves["dense"]).abs()
+    gap = (curves["sparse"] - curves["dense"]).abs()
+    print(f"TP {tensor}: sparse against dense: mean {gap.mean():.2e}, max {gap.max():.2e}; "
+          f"dense against dense: mean {noise.mean():.2e}, max {noise.max():.2e}")  # fmt: skip
+    assert curves["dense"][-1] < curves["dense"][0] - 1.0
+    assert gap[:5].max() < 5e-3
+    assert gap.mean() <= 2 * noise.mean() + 1e-3
+    assert gap.max() <= 2 * noise.max() + 2e-3

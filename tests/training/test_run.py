@@ -1,0 +1,97 @@
+"""How a run starts: refused configurations, `resume`, `load`; and `evaluate` of what it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megasparse.config import ConfigError, parse_config
+from tests.launch import run_distributed
+from tests.training.cases import configuration
+from tests.training.forked import Helper
+
+
+@pytest.fixture(scope="module")
+def helper() -> Iterator[Helper]:
+    helper = Helper()
+    yield helper
+    helper.close()
+
+
+@pytest.mark.parametrize(
+    ("sections", "ranks", "message"),
+    [
+        ({"parallel": {"tensor": 2}}, 1, "the world of 1 ranks is not a multiple of tensor x pipeline x context"),
+        ({"training": {"micro_batch_size": 3}}, 1, "not a multiple of micro_batch_size x data-parallel size"),
+        ({}, 3, "not a multiple of micro_batch_size x data-parallel size = 1 x 3"),
+    ],
+)
+def test_layouts_that_do_not_divide_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], ranks: int, message: str
+) -> None:
+    from megasparse.training.loop import pretrain
+
+    if ranks > 1:
+        place = {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+    cfg = parse_config(configuration(tmp_path / "run", "data", **sections))
+    with pytest.raises(ConfigError, match=message):
+        pretrain(cfg)
+    assert not dist.is_initialized()
+    assert not (tmp_path / "run").exists()
+
+
+def evaluate_checkpoint(run: str, overrides: list[str]) -> Any:
+    from megasparse.training.evaluate import evaluate
+
+    return evaluate(run, overrides)
+
+
+def test_resume_load_and_evaluate(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    run = configuration(
+        tmp_path / "run", str(data_folder / "a"), training={"steps": 6, "eval_steps": 2}, checkpoint={"interval": 3}
+    )
+    must = {**run, "checkpoint": {"resume": "must"}}
+    result = helper.run(must)
+    assert result["exit"] == [1]
+    assert "checkpoint.resume: must, but there is no checkpoint in" in result["output"]
+
+    trained = helper.run(run)
+    assert trained["exit"] == [0], trained["output"]
+    at_end = trained["records"][0]["evaluations"]["6"]
+
+    never = {**run, "checkpoint": {"resume": "never"}}
+    result = helper.run(never)
+    assert result["exit"] == [1]
+    assert "never, but" in result["output"]
+    assert "holds checkpoints (the newest of step 6)" in result["output"]
+
+    # Nothing is left to do: a finished run that is started again only says so.
+    again = helper.run(run)
+    assert again["exit"] == [0], again["output"]
+    assert again["records"][0]["steps"] == {}
+    assert again["records"][0]["digest"] == trained["records"][0]["digest"]
+
+    # A new run from the weights of the first begins at step 1 where the first ended.
+    start = configuration(
+        tmp_path / "tuned",
+        str(data_folder / "a"),
+        training={"steps": 6, "eval_steps": 2},
+        optimizer={"lr": 1e-12, "min_lr": 0.0},
+        checkpoint={"load": str(tmp_path / "run")},
+    )
+    tuned = helper.run(start)
+    assert tuned["exit"] == [0], tuned["output"]
+    assert sorted(int(step) for step in tuned["records"][0]["steps"]) == [1, 2, 3, 4, 5, 6]
+    assert tuned["records"][0]["evaluations"]["6"] == pytest.approx(at_end, rel=1e-5)
+
+    # `evaluate` agrees with the validation of the training, at another layout too.
+    for world, overrides in ((1, []), (2, ["parallel.tensor=2", "parallel.sequence_parallel=true"])):
+        target = "tests.training.test_run:evaluate_checkpoint"
+        for metrics in run_distributed(world, target, str(tmp_path / "run"), overrides):
+            assert metrics == pytest.approx(at_end, rel=1e-5)
