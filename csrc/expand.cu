@@ -4,8 +4,8 @@
 //
 // One CTA of 128 makes a block in shared memory: zeroes it, then each thread scatters the values of one row, then all
 // write it out 16 bytes a thread. Work goes with the non-zeros, not with the columns. Bound by writing the blocks (2 U
-// bytes a token), most of which stay in L2 for the product that follows; latency is hidden by 8 to 12 CTAs per SM and
-// by fetching the masks of four words and four values at a time.
+// bytes a token), most of which stay in L2 for the product that follows; latency is hidden by several CTAs per SM and by
+// fetching the masks of four words and four values at a time.
 #include <cuda_bf16.h>
 
 #include "megasparse/lists.h"
@@ -34,8 +34,9 @@ __device__ __forceinline__ int image_index(int row, int column) {
 }
 
 template <int kSources, bool kFromSlots>
-__global__ void __launch_bounds__(kTokenTile, 6) expand_kernel(const ExpandParams p, int words, int tiles) {
+__global__ void __launch_bounds__(kTokenTile, 8) expand_kernel(const ExpandParams p, int words, int tiles) {
   __shared__ uint4 image[kSources][kVectors];
+  __shared__ uint64_t mask_s[kTokenTile][kWordsAhead];
   __shared__ float l1_rows[kTokenTile];
   if (p.run_if != nullptr && *p.run_if == 0) return;
   const int tile = blockIdx.y, row = threadIdx.x;
@@ -43,7 +44,9 @@ __global__ void __launch_bounds__(kTokenTile, 6) expand_kernel(const ExpandParam
   const int64_t first_block = p.tile_info[kBlockPtr * (tiles + 1) + tile];
   const int32_t* const index = p.union_index + int64_t{tile} * words * 64;
   const int64_t token = int64_t{tile} * kTokenTile + row;
-  const uint64_t* const mask = p.mask + token * words;
+  // Staging masks: four neighbouring threads fetch four neighbouring words of a row, which is one access to memory.
+  const int stage_row = threadIdx.x / kWordsAhead, stage_word = threadIdx.x % kWordsAhead;
+  const uint64_t* const stage_mask = p.mask + (int64_t{tile} * kTokenTile + stage_row) * words + stage_word;
   const uint64_t* const unions = p.union_words + int64_t{tile} * words;
   const int64_t row_start = p.row_ptr[token];
   const bool counts = p.l1_partial != nullptr && token < p.m && (p.token_mask == nullptr || p.token_mask[token]);
@@ -57,21 +60,28 @@ __global__ void __launch_bounds__(kTokenTile, 6) expand_kernel(const ExpandParam
 #pragma unroll
       for (int i = 0; i < kVectors / kTokenTile; ++i) image[s][i * kTokenTile + row] = make_uint4(0, 0, 0, 0);
 
-    const int skipped = popcount(load(mask + first_word) & below(first % 64));  // of the first word: earlier blocks'
-    const int base = p.offset[token * words + first_word] + skipped;
-    p.base[(first_block + block) * kTokenTile + row] = static_cast<uint16_t>(base);
-    int64_t packed = row_start + base;  // where this row's next value lies, or goes, in packed order
-    int column = 0;                     // of the block, where the next word starts
+    int skipped = 0;  // active positions of the first word that belong to an earlier block
+    int64_t packed = row_start + p.offset[token * words + first_word];  // where the next value lies, or goes
+    int column = 0;                                                     // of the block, where the next word starts
     float l1 = 0.f;
-    __syncthreads();
 
     for (int group = first_word; group <= last_word; group += kWordsAhead) {
       uint64_t masks[kWordsAhead], united[kWordsAhead];
 #pragma unroll
       for (int i = 0; i < kWordsAhead; ++i) {
-        const bool inside = group + i <= last_word;
-        masks[i] = inside ? load(mask + group + i) : 0;
-        united[i] = inside ? load(unions + group + i) : 0;
+        constexpr int kRows = kTokenTile / kWordsAhead;
+        mask_s[i * kRows + stage_row][stage_word] =
+            group + stage_word <= last_word ? load(stage_mask + int64_t{i} * kRows * words + group) : 0;
+        united[i] = group + i <= last_word ? load(unions + group + i) : 0;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kWordsAhead; ++i) masks[i] = mask_s[row][i];
+      __syncthreads();
+      if (group == first_word) {
+        skipped = popcount(masks[0] & below(first % 64));
+        packed += skipped;
+        p.base[(first_block + block) * kTokenTile + row] = static_cast<uint16_t>(packed - row_start);
       }
 #pragma unroll
       for (int i = 0; i < kWordsAhead; ++i) {
