@@ -241,7 +241,8 @@ def _report(log: str) -> list[str]:
     ):
         name, stack, stores, loads, registers, rest = match.groups()
         if demangler is not None:
-            name = _output(demangler, name).strip().replace("(anonymous namespace)::", "").split("(")[0]
+            name = _output(demangler, name).strip().replace("(anonymous namespace)::", "")
+            name = re.sub(r"\([\w:]+\)(?=\d)", "", name).split("(")[0]  # casts of template arguments, then parameters
         print(f"{name}: {registers} registers, {stack} bytes of stack{rest}")
         if int(stores) or int(loads):
             spills.append(f"{name}: {stores} bytes of spill stores, {loads} bytes of spill loads")
