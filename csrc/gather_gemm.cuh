@@ -30,8 +30,8 @@ constexpr int kConsumerWarps = 8;
 constexpr int kEpiloguePitch = 144;
 constexpr int kEpilogueWarpBytes = 16 * kEpiloguePitch;
 
-// Gathers B stages: four warps, 16 k-rows each. Eight lanes copy a row, 128 bytes at a time, so that a lane works out four
-// addresses for 16 copies. One warp a scheduler issues all of it: every instruction here counts.
+// Gathers B stages: four warps, 16 k-rows each. Eight lanes copy a row, 128 bytes at a time, so that a lane works out
+// four addresses for 16 copies. One warp a scheduler issues all of it: every instruction here counts.
 struct Gather {
   uint32_t slab;       // shared address of the lane's piece of its first k-row, slab 0, stage 0
   uint32_t row_bytes;  // of the matrix
@@ -43,8 +43,8 @@ struct Gather {
     slab = b_stage + row * 128 + (((lane & 7) ^ (row & 7)) << 4);
     row_bytes = static_cast<uint32_t>(d) * 2;
   }
-  // `rows`: matrix rows of the lane's k-rows, negative = zeros. `piece`: the lane's first bytes in row 0. Bit j of `columns`:
-  // the lane's piece of slab j exists.
+  // `rows`: matrix rows of the lane's k-rows, negative = zeros. `piece`: the lane's first bytes in row 0. Bit j of
+  // `columns`: the lane's piece of slab j exists.
   template <bool kAllColumns>
   __device__ __forceinline__ void copy(uint32_t stage_bytes, const uint8_t* piece, int4 rows, uint32_t columns) const {
     const int row[4] = {rows.x, rows.y, rows.z, rows.w};
@@ -62,8 +62,8 @@ struct Gather {
 
 // k-steps of one unit on one consumer warpgroup. `a_desc`/`b_desc` describe stage 0; kAMajorMN: A stored [k][m].
 template <int kStages, int kStageBytes, bool kAMajorMN>
-__device__ __forceinline__ void mma_unit(float (&acc)[128], int ksteps, uint64_t a_desc, uint64_t b_desc, uint64_t* full,
-                                         uint64_t* empty, hopper::RingState<kStages>& ring, int lane) {
+__device__ __forceinline__ void mma_unit(float (&acc)[128], int ksteps, uint64_t a_desc, uint64_t b_desc,
+                                         uint64_t* full, uint64_t* empty, hopper::RingState<kStages>& ring, int lane) {
   // K advances by 16 a wgmma: 32 bytes along a K-major row, 16 rows of 128 bytes in an MN-major slab.
   constexpr uint64_t kAStep = (kAMajorMN ? 16 * 128 : 32) >> 4;
   constexpr uint64_t kBStep = (16 * 128) >> 4;
@@ -89,13 +89,13 @@ __device__ __forceinline__ void mma_unit(float (&acc)[128], int ksteps, uint64_t
   if (ksteps > 0 && lane == 0) hopper::mbarrier_arrive(&empty[previous]);
 }
 
-// Writes a warp's 16 x 256 share of the accumulators as bf16, 128 bytes of a row at a time. row_pointer(r) gives the first
-// element of output row r of the warp's 16, or null for a row that does not exist.
+// Writes a warp's 16 x 256 share of the accumulators as bf16, 128 bytes of a row at a time. row_pointer(r) gives the
+// first element of output row r of the warp's 16, or null for a row that does not exist.
 template <class RowPointer>
-__device__ __forceinline__ void store_bf16_tile(const float (&acc)[128], uint8_t* staging, int lane, int column, int64_t d,
-                                                RowPointer row_pointer) {
-  // stmatrix: lanes 8 i .. 8 i + 7 give the rows of 8x8 matrix i; matrices 0/1 are rows 0-7/8-15 of a column block of 8,
-  // 2/3 those of the next.
+__device__ __forceinline__ void store_bf16_tile(const float (&acc)[128], uint8_t* staging, int lane, int column,
+                                                int64_t d, RowPointer row_pointer) {
+  // stmatrix: lanes 8 i .. 8 i + 7 give the rows of 8x8 matrix i; matrices 0/1 are rows 0-7/8-15 of a column block of
+  // 8, 2/3 those of the next.
   const uint32_t staged = hopper::smem_addr(staging);
   const uint32_t write = staged + ((lane & 7) + (lane & 8)) * kEpiloguePitch + (lane >> 4) * 16;
   const uint8_t* read = staging + (lane >> 3) * kEpiloguePitch + (lane & 7) * 16;

@@ -4,17 +4,23 @@
 //   gated dw_in   tile = 64 positions; A = [dg | du], 2 x 64 neurons, B = gathered rows of x
 //   dw_down       tile = 128 positions; A = h, B = gathered rows of dy     (non-gated dw_in: A = du, B = x, likewise)
 //
-// A small kernel unpacks A (wgrad_lists.cu) into 16 KB blocks, copied by cp.async.bulk. B: 64 gathered token rows x 512 bytes
-// by cp.async. Both operands lie [k][128 bytes], that is MN-major.
+// A small kernel unpacks A (wgrad_lists.cu) into 16 KB blocks, copied by cp.async.bulk. B: 64 gathered token rows x 512
+// bytes by cp.async. Both operands lie [k][128 bytes], that is MN-major. (Building A here from the packed values, in the
+// producer warps, was three times slower: one warp a scheduler cannot issue it beside the gather.)
 //
 //   threads     384: gather warpgroup (88 registers), two consumer warpgroups of 64 x 256 (208)
 //   shared      4 stages x 48 KB + 18 KB epilogue staging
 //   FLOPs       2 * 128 * 256 * 64 a k-step; k-steps = ceil(D / 256) * (sum over tiles of ceil(tokens / 64))
 //   L2 -> SM    48 KB per 4.2 MFLOP (85 FLOP/B)
-//   bound       tensor cores, then gather bandwidth (x and dy are larger than L2)
+//   bound       tensor cores, then gather bandwidth (x and dy are larger than L2); with few hot tiles, how evenly they
+//               can be cut
+//   measured    H200, M 16384, D 2048, H 5632, neurons by frequency; f = active (tile, token) pairs at 64 / 128 positions:
+//               this kernel's TFLOP/s (share of cuBLAS's 790), time of the whole launch, bf16 / fp32 accumulate:
+//                 f .071 / .085: 553 (70 %)  0.24 / 0.24 ms        f .211 / .260: 738 (93 %)   0.48 / 0.52 ms
+//                 f .308 / .368: 761 (96 %)  0.65 / 0.67 ms        f .694 / .791: 796 (101 %)  1.31 / 1.41 ms
 //
-// A tile with more tokens than a fair share is cut along K. Each chunk writes its fp32 tile to scratch; the last chunk to
-// arrive adds them all up in chunk order, whoever it is.
+// A tile with more tokens than a fair share is cut along K. Each chunk writes its fp32 tile to scratch; the last chunk
+// to arrive adds them all up in chunk order, whoever it is.
 #include "megasparse/wgrad.h"
 
 #include "gather_gemm.cuh"
@@ -187,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
 
       if (job.chunks > 1) {
         constexpr int kTile = kTileM * kTileN;
-        float* first = p.partials + static_cast<int64_t>(job.partial + job.column) * kTile + half * (kTile / 2) + thread * 4;
+        float* first =
+            p.partials + static_cast<int64_t>(job.partial + job.column) * kTile + half * (kTile / 2) + thread * 4;
         const int64_t chunk_stride = static_cast<int64_t>(p.columns) * kTile;
         float* mine = first + job.chunk * chunk_stride;
 #pragma unroll
@@ -223,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
 
       const Product& product = p.product[job.product];
       const int64_t column = static_cast<int64_t>(job.column) * kTileN;
-      const int64_t position = static_cast<int64_t>(job.tile) * 64 * product.row_subs + (product.row_subs - 1) * half * 64 +
-                               warp * 16;
+      const int subs = product.row_subs;
+      const int64_t position = (static_cast<int64_t>(job.tile) * subs + (subs - 1) * half) * 64 + warp * 16;
       const auto weight_row = [&](int r) -> int64_t {
         const int64_t at = position + r;
         return at >= p.h ? -1 : p.order != nullptr ? __ldg(p.order + at) : at;

@@ -1,9 +1,11 @@
 // Token lists and job list of the weight gradients. Four small kernels.
 //   activity: mask [Mp, W] -> one bit a (tile, token), transposed. Reads the mask once (8 B * Mp * W).
 //   lists:    per tile, ascending tokens.
-//   unpack:   packed values -> operand A in blocks. Writes 256 B (gated dw_in) or 256 B (pairs) per listed token of a tile; bound
-//             by device-memory writes where tiles are full, by latency where they are not.
 //   plan:     jobs, largest first; tiles with more work than a fair share are cut along K.
+//   unpack:   packed values -> operand A in blocks. Writes 256 B per listed token of a tile; bound by its loads of single
+//             values (half of the device's write bandwidth where tiles are full).
+// Measured on an H200, M 16384, H 5632, at 7 / 21 / 31 / 69 % of (tile, token) pairs active: activity 7 us, lists 5 us,
+// plan 5-8 us, unpack 17 / 53 / 75 / 180 us.
 #include "wgrad_lists.cuh"
 
 namespace megasparse {
@@ -60,8 +62,8 @@ __device__ int exclusive_scan(int value, int* shared, int& total) {
   return before + sum - value;
 }
 
-// One block a tile: blocks [0, lists[0].tiles) make product 0's lists, the rest product 1's. If both products use the same
-// tiles (non-gated), product 1 points at product 0's lists and the grid ends there.
+// One block a tile: blocks [0, lists[0].tiles) make product 0's lists, the rest product 1's. If both products have the
+// same tiles (non-gated), product 1 points at product 0's lists and the grid ends there.
 __global__ void __launch_bounds__(kListThreads) lists_kernel(WgradWorkspace ws) {
   __shared__ int scan[32];
   const int product = static_cast<int>(blockIdx.x) >= ws.lists[0].tiles;
@@ -98,11 +100,12 @@ __global__ void __launch_bounds__(kListThreads) lists_kernel(WgradWorkspace ws) 
   if (count + static_cast<int>(threadIdx.x) < padded) tokens[count + threadIdx.x] = -1;
 }
 
-// Unpacks the listed tokens' values into the blocks of operand A. Eight lanes a line of 64 positions, 16 bytes each. Blocks of
-// 64 tokens are dealt out round robin.
+// Unpacks the listed tokens' values into the blocks of operand A. Eight lanes a line of 64 positions, 16 bytes each.
+// Blocks of 64 tokens are dealt out round robin.
 __global__ void __launch_bounds__(kUnpackThreads) unpack_kernel(
     const int64_t* __restrict__ mask, const uint16_t* __restrict__ offset, const int64_t* __restrict__ row_ptr,
-    const uint16_t* __restrict__ dg, const uint16_t* __restrict__ du, const uint16_t* __restrict__ h, WgradWorkspace ws) {
+    const uint16_t* __restrict__ dg, const uint16_t* __restrict__ du, const uint16_t* __restrict__ h,
+    WgradWorkspace ws) {
   const int blocks = ws.state[2];
   const int chunk = threadIdx.x & 7;
   for (int b = blockIdx.x; b < blocks; b += gridDim.x) {
@@ -231,8 +234,8 @@ cudaError_t launch_wgrad_lists(const WgradParams& p, const WgradWorkspace& ws, i
   plan_kernel<<<1, kListThreads, 4 * items * sizeof(int), stream>>>(ws, grid, p.output != WgradOutput::kFp32Accumulate);
   // Not gated, the products share lists but not blocks: the second product's blocks hold h.
   unpack_kernel<<<grid * 8, kUnpackThreads, 0, stream>>>(
-      p.mask, reinterpret_cast<const uint16_t*>(p.offset), p.row_ptr, static_cast<const uint16_t*>(p.gated ? p.dg : nullptr),
-      static_cast<const uint16_t*>(p.du), static_cast<const uint16_t*>(p.h), ws);
+      p.mask, reinterpret_cast<const uint16_t*>(p.offset), p.row_ptr,
+      static_cast<const uint16_t*>(p.gated ? p.dg : nullptr), static_cast<const uint16_t*>(p.du), static_cast<const uint16_t*>(p.h), ws);
   return cudaGetLastError();
 }
 

@@ -20,9 +20,9 @@ struct alignas(16) WgradJob {
   int32_t column;   // filled in when claimed
 };
 
-// Device scratch of one launch. Tile i of a product: its tokens at tokens[i * mp], ascending, padded with -1 to a multiple of
-// 64; its operand A at blocks + i * (mp / 64), one 16 KB block per 64 tokens: [2 halves][64 tokens][64 positions] bf16, the
-// 128-byte swizzled image that wgmma reads M-major, zeros where inactive or padded.
+// Device scratch of one launch. Tile i of a product: its tokens at tokens[i * mp], ascending, padded with -1 to a multiple
+// of 64; its operand A at blocks + i * (mp / 64), one 16 KB block per 64 tokens: [2 halves][64 tokens][64 positions] bf16,
+// the 128-byte swizzled image that wgmma reads M-major, zeros where inactive or padded.
 struct WgradLists {
   int32_t* tokens;
   uint8_t* blocks;
@@ -49,6 +49,7 @@ struct WgradWorkspace {
 constexpr int kArrivalsBegin = 8;
 constexpr int kWgradBlockBytes = 16384;
 
-cudaError_t launch_wgrad_lists(const WgradParams& params, const WgradWorkspace& workspace, int grid, cudaStream_t stream);
+cudaError_t launch_wgrad_lists(const WgradParams& params, const WgradWorkspace& workspace, int grid,
+                               cudaStream_t stream);
 
 }  // namespace megasparse

@@ -26,7 +26,8 @@ __device__ __forceinline__ void init_work(WorkSlots<Work>& slots, int reader_war
 
 // One thread of the block.
 template <class Work>
-__device__ __forceinline__ void post_work(WorkSlots<Work>& slots, hopper::RingState<kWorkSlots>& ring, const Work& work) {
+__device__ __forceinline__ void post_work(WorkSlots<Work>& slots, hopper::RingState<kWorkSlots>& ring,
+                                          const Work& work) {
   hopper::mbarrier_wait(&slots.empty[ring.stage], ring.parity ^ 1);
   slots.slot[ring.stage] = work;
   hopper::mbarrier_arrive(&slots.full[ring.stage]);

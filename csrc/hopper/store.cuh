@@ -11,8 +11,8 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Stores four 8x8 matrices of 16-bit elements, each in the layout of a wgmma accumulator (two columns a register). Lanes
-// 8 i .. 8 i + 7 give the shared addresses of matrix i's rows (16 bytes each).
+// Stores four 8x8 matrices of 16-bit elements, each in the layout of a wgmma accumulator (two columns a register).
+// Lanes 8 i .. 8 i + 7 give the shared addresses of matrix i's rows (16 bytes each).
 __device__ __forceinline__ void stmatrix_x4(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2),
                "r"(m3)

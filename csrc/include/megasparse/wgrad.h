@@ -19,12 +19,12 @@ enum class WgradOutput : int {
 //   non-gated:  dw_in[n, :]     = sum over t in T_p of du[t, p] * x[t, :]
 //   both:       dw_down[n, :]   = sum over t in T_p of h[t, p] * dy[t, :]
 struct WgradParams {
-  const int64_t* mask;      // [Mp, W], Mp = 128 * ceil(M / 128), W = ceil(H / 64): bit j of mask[t, w] = position 64 w + j
-                            // of token t is active; rows >= M hold zeros
+  const int64_t* mask;      // [Mp, W], Mp = 128 * ceil(M / 128), W = ceil(H / 64): bit j of mask[t, w] = position
+                            // 64 w + j of token t is active; rows >= M hold zeros
   const int16_t* offset;    // [Mp, W] (unsigned): packed values of row t before those of mask[t, w]
   const int64_t* row_ptr;   // [Mp + 1] first packed value of each row
-  const void* dg;           // bf16 packed values; null if not gated. Each packed buffer starts at a multiple of 16 bytes
-  const void* du;           // and is readable up to the next multiple of 16 bytes past its last value.
+  const void* dg;           // bf16 packed values; null if not gated. Each packed buffer starts at a multiple of 16
+  const void* du;           // bytes and is readable up to the next multiple of 16 bytes past its last value.
   const void* h;
   const void* x;            // bf16 [M, D]
   const void* dy;           // bf16 [M, D]
@@ -39,7 +39,8 @@ struct WgradParams {
   int sm_count;             // multiprocessors to use
 };
 
-// Bytes of scratch (256-byte aligned, not initialised) that launch_wgrad needs; depends on m, h_size, d, gated, sm_count.
+// Bytes of scratch (256-byte aligned, not initialised) that launch_wgrad needs: the worst case, 3 * Mp * 64 W bf16 gated
+// (2 otherwise) and some tens of MB. Depends on m, h_size, d, gated, sm_count. Only what is active is touched.
 size_t wgrad_workspace_bytes(const WgradParams& params);
 
 // Makes its own token lists from the mask. Deterministic: one owner per output element, fixed order of summation.
