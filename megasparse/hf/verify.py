@@ -68,8 +68,8 @@ def compare(checkpoint: Path, folder: Path, rounded: torch.dtype | None = None, 
     rows = max(1, math.ceil(tokens / length))
     inputs = torch.randint(source.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = _run_megatron(source, inputs, rounded)
         theirs = _run_transformers(folder, inputs)
+        ours = _run_megatron(source, inputs, rounded)
     differences = [_largest(a, b) for a, b in zip(ours[:-1], theirs[:-1], strict=True)]
     return Comparison(
         embedding=differences[0],
@@ -87,14 +87,11 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 def _run_megatron(source: Source, inputs: Tensor, rounded: torch.dtype | None) -> list[Tensor]:
     """Outputs [b, s, ...] of the embedding and of every block, and the logits."""
-    from megasparse.megatron.cpu_runtime import enable_cpu_runtime
-
-    enable_cpu_runtime()
     from megatron.core import dist_checkpointing
 
     from megasparse.megatron.model import build_model
 
-    with _single_process():
+    with _cpu_stands_in_for_cuda(True), _single_process():
         (model,) = build_model(_config(source))
         # The formats that training saves in.
         sharded = model.sharded_state_dict(prefix="", metadata={"singleton_local_shards": False})
@@ -129,6 +126,22 @@ def _config(source: Source) -> Config:
 
 
 @contextmanager
+def _cpu_stands_in_for_cuda(wanted: bool) -> Iterator[None]:
+    """Whether, where there is no GPU, torch's names of CUDA mean the CPU.
+
+    Megatron needs it. transformers must not have it: it fills its rotary buffers by functions that are replaced then.
+    """
+    from megasparse.megatron.cpu_runtime import cpu_runtime_enabled, disable_cpu_runtime, enable_cpu_runtime
+
+    before = cpu_runtime_enabled()
+    enable_cpu_runtime() if wanted else disable_cpu_runtime()
+    try:
+        yield
+    finally:
+        enable_cpu_runtime() if before else disable_cpu_runtime()
+
+
+@contextmanager
 def _single_process() -> Iterator[None]:
     """Megatron's process groups for a job of this process alone."""
     import torch.distributed as dist
@@ -147,14 +160,15 @@ def _single_process() -> Iterator[None]:
 
 
 def _run_transformers(folder: Path, inputs: Tensor) -> list[Tensor]:
-    model = _reference(folder)
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    model.to(device).eval()
-    outputs: list[Tensor] = []
-    hooks = _record(model.model.embed_tokens, model.model.layers, outputs, lambda tensor: tensor)
-    logits = model(inputs.to(device)).logits
-    for hook in hooks:
-        hook.remove()
+    with _cpu_stands_in_for_cuda(False):
+        model = _reference(folder)
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        model.to(device).eval()
+        outputs: list[Tensor] = []
+        hooks = _record(model.model.embed_tokens, model.model.layers, outputs, lambda tensor: tensor)
+        logits = model(inputs.to(device)).logits
+        for hook in hooks:
+            hook.remove()
     return [*outputs, logits.float().cpu()]
 
 

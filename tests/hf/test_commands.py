@@ -1,0 +1,83 @@
+"""The commands as a user types them: import, train on, export, verify."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.hf.cases import VOCABULARY, contents
+from tests.hf.test_from_hf import make_model
+from tests.training.cases import write_data
+
+
+def megasparse(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "megasparse", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer, generation config and chat template beside a model."""
+    vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
+    Tokenizer(WordLevel(vocabulary, unk_token="w1")).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 9], "top_p": 0.5}))
+
+
+def test_import_train_export(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    built = make_model("qwen3", source)
+    write_tokenizer(source)
+    before = contents(source)
+
+    done = megasparse("convert", "from-hf", source, tmp_path / "imported", "--verify", "--verify-tokens", 24)
+    assert done.returncode == 0, done.stderr
+    assert "verified: both compute the same" in done.stdout
+    assert f"base: {tmp_path}/imported/model.yaml" in done.stdout
+    assert contents(source) == before
+
+    config = tmp_path / "continue.yaml"
+    config.write_text(
+        f"base: {tmp_path}/imported/model.yaml\n"
+        f"run: {{directory: {tmp_path}/run}}\n"
+        f"data: {{blend: {write_data(tmp_path / 'text', 60, seed=0)}, sequence_length: 16, num_workers: 0}}\n"
+        "training: {global_batch_size: 2, steps: 2, eval_steps: 0}\n"
+        "optimizer: {lr: 1e-3, weight_decay: 0.0}\n"
+        "logging: {report: false}\n"
+    )
+    done = megasparse("pretrain", config)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    done = megasparse("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--verify", "--verify-tokens", 24)
+    assert done.returncode == 0, done.stderr
+    assert "verified: both compute the same" in done.stdout
+    assert "note:" not in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    state = built.state_dict()
+    moved = max(float((tensor - state[name]).abs().max()) for name, tensor in model.state_dict().items())
+    assert 1e-4 < moved < 3e-3, "a step of AdamW moves a weight by about the learning rate"
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [0, 9]
+    assert model.generation_config.top_p == 0.5
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 0
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    for arguments, expected in (
+        (("to-hf", tmp_path / "none", tmp_path / "out"), "none: not there; give a checkpoint"),
+        (("from-hf", tmp_path, tmp_path / "out"), "config.json: not there; give the folder of a Hugging Face model"),
+        (("to-hf", tmp_path, tmp_path / "out", "--shard-size", "large"), "'large' is not a size"),
+    ):
+        done = megasparse("convert", *arguments)
+        assert done.returncode == 2
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
