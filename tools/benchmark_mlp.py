@@ -5,7 +5,7 @@
     python tools/benchmark_mlp.py --patterns DIR                    and the recorded ones in DIR/*.npz
     python tools/benchmark_mlp.py --capture runs/NAME               and every layer of a checkpoint, on its data
     python tools/benchmark_mlp.py --peer CHECKOUT                   and the published kernels (arXiv 2603.23198)
-    python tools/benchmark_mlp.py --tokens 16384 --width 4096 --hidden 14336 --l0 60 --profile
+    python tools/benchmark_mlp.py --shape 16384,4096,14336 --shape 2048,2048,5632 --l0 60 --profile
 
 Needs a GPU of compute capability 9.0. Each case draws a layer in bf16; `dense` is down(relu(gate(x)) * up(x)) with the
 L1 term. Times are medians over `--repeats` calls by CUDA events, between a forward and a forward + backward that
@@ -62,8 +62,8 @@ class Layer:
         self.dense_bytes = 3 * tokens * hidden * 2
 
 
-def cases(arguments: argparse.Namespace) -> Iterator[Layer]:
-    tokens, width, hidden = arguments.tokens, arguments.width, arguments.hidden
+def cases(arguments: argparse.Namespace, tokens: int, width: int, hidden: int) -> Iterator[Layer]:
+    """The cases of one shape. A recorded pattern serves every shape with no more neurons than it has."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def weights(w_gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,13 +75,16 @@ def cases(arguments: argparse.Namespace) -> Iterator[Layer]:
         yield Layer(f"uniform {l0:g}", x, *weights(w_gate), generator)
     for path in sorted(arguments.patterns.glob("*.npz")) if arguments.patterns else []:
         pattern = synthetic.load_pattern(path, hidden)
+        if pattern.shape[1] < hidden:
+            continue
         pattern = pattern.repeat(-(-tokens // len(pattern)), 1)[:tokens]
         x, w_gate = synthetic.fit(pattern, width, generator)
         yield Layer(path.stem, x, *weights(w_gate), generator)
 
     if arguments.capture:
         for index, (x, w_in, w_down) in sorted(captured(arguments.capture, tokens).items()):
-            yield Layer(f"captured {index}", x, w_in, w_down, generator)
+            if (x.shape[1], w_down.shape[0]) == (width, hidden):
+                yield Layer(f"captured {index}", x, w_in, w_down, generator)
 
 
 def captured(run: Path, tokens: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
@@ -255,7 +258,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5))
-    names = [f"{row['name']}\nL0 {row['l0']:.0f}" for row in rows]
+    names = [f"{row['name']}\nL0 {row['l0']:.0f}\n{'/'.join(map(str, row['shape'].values()))}" for row in rows]
     variant_names = list(rows[0]["results"])
     for axis, key, title in zip(axes, ("forward_ms", "both_ms"), ("forward", "forward + backward"), strict=True):
         for i, variant in enumerate(variant_names):
@@ -282,11 +285,14 @@ def environment() -> dict[str, str]:
     }
 
 
+def shape(text: str) -> tuple[int, int, int]:
+    tokens, width, hidden = map(int, text.split(","))
+    return tokens, width, hidden
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=5632)
+    parser.add_argument("--shape", action="append", type=shape, metavar="M,D,H", help="default 16384,2048,5632")
     parser.add_argument("--l0", type=float, nargs="*", default=[10, 30, 60, 120, 300], help="uniform random patterns")
     parser.add_argument("--patterns", type=Path, help="directory of recorded patterns (*.npz, packed bits in `a`)")
     parser.add_argument("--capture", type=Path, help="run or checkpoint whose layers are measured too")
@@ -298,27 +304,40 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: no CUDA GPU", file=sys.stderr)
         return 1
-    if reason := device_reason(torch.device("cuda"), torch.bfloat16, arguments.width, arguments.hidden):
-        print(f"error: {reason}", file=sys.stderr)
-        return 1
+    shapes = arguments.shape or [(16384, 2048, 5632)]
+    for _, width, hidden in shapes:
+        if reason := device_reason(torch.device("cuda"), torch.bfloat16, width, hidden):
+            print(f"error: {reason}", file=sys.stderr)
+            return 1
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    compiled = torch.compile(dense, dynamic=False)
     peer = load_peer(arguments.peer) if arguments.peer else None
     rows: list[dict[str, Any]] = []
-    for layer in cases(arguments):
-        functions = variants(layer, compiled, peer)
-        results = {name: measure(layer, function, arguments.repeats) for name, function in functions.items()}
-        report(layer, results)
-        if arguments.profile:
-            profile(layer)
-        predicted = predicted_ratio(layer.union_fraction, ordered=True)
-        measured = results["ours sparse"]["both_ms"]["median"] / results["ours dense"]["both_ms"]["median"]
-        print(f"  router predicts {predicted:.2f} of the dense path, measured {measured:.2f}")
-        rows.append({"name": layer.name, "l0": layer.l0, "union_fraction": layer.union_fraction, "results": results})
-        del layer
+    for tokens, width, hidden in shapes:
+        print(f"M {tokens}, D {width}, H {hidden}")
+        torch.compiler.reset()
+        compiled = torch.compile(dense, dynamic=False)
+        for layer in cases(arguments, tokens, width, hidden):
+            functions = variants(layer, compiled, peer)
+            results = {name: measure(layer, function, arguments.repeats) for name, function in functions.items()}
+            report(layer, results)
+            if arguments.profile:
+                profile(layer)
+            predicted = predicted_ratio(layer.union_fraction, ordered=True)
+            measured = results["ours sparse"]["both_ms"]["median"] / results["ours dense"]["both_ms"]["median"]
+            print(f"  router predicts {predicted:.2f} of the dense path, measured {measured:.2f}")
+            rows.append(
+                {
+                    "name": layer.name,
+                    "shape": {"tokens": tokens, "width": width, "hidden": hidden},
+                    "l0": layer.l0,
+                    "union_fraction": layer.union_fraction,
+                    "results": results,
+                }
+            )
+            del layer, functions
+            torch.cuda.empty_cache()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    shape = {"tokens": arguments.tokens, "width": arguments.width, "hidden": arguments.hidden}
-    record = {"environment": environment(), "shape": shape, "cases": rows}
+    record = {"environment": environment(), "cases": rows}
     (arguments.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(rows, arguments.out / "results.png")
     return 0

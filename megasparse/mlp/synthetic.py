@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def load_pattern(path: Path, hidden: int) -> Tensor:
-    """bool [M, hidden] from an .npz whose array `a` holds it as packed bits."""
+    """bool [M, hidden] (fewer columns if it has fewer) from an .npz whose array `a` holds it as packed bits."""
     import numpy as np
 
     with np.load(path) as archive:
