@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,12 +239,12 @@ def _yaml(config: Config, output: Path) -> str:
 def download(name: str) -> Path:
     """A model of the Hugging Face hub, by name. Raises ConvertError where it cannot be had."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's client and its HTTP library raise many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConvertError(
             f"{name}: neither a folder here nor a model that could be downloaded from the Hugging Face hub "
-            f"({json.dumps(str(error).splitlines()[0][:200])})"
+            f"({reason[:200]})"
         ) from None

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.hf.cases import VOCABULARY, contents
+from tests.hf.cases import VOCABULARY, config_of, contents, megasparse, write_plain
 from tests.hf.test_from_hf import make_model
 from tests.training.cases import write_data
-
-
-def megasparse(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "megasparse", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -81,3 +73,18 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "none", "HF_HOME": str(tmp_path / "cache")}
+    done = megasparse("convert", "from-hf", "some/model", tmp_path / "out", **nowhere)
+    assert done.returncode == 2
+    assert "some/model: neither a folder here nor a model that could be downloaded" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+    checkpoint = write_plain(tmp_path / "checkpoint", config_of("llama-tied"))
+    done = megasparse("convert", "to-hf", checkpoint, tmp_path / "out", "--push", "some/model", **nowhere)
+    assert done.returncode == 2
+    assert "is complete, but the upload to some/model failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out/config.json").exists()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megasparse.hf.to_hf import ToHf, convert_to_hf
-from tests.hf.cases import ARCHITECTURES, MODELS, VOCABULARY, config_of, contents, inputs
+from tests.hf.cases import ARCHITECTURES, MODELS, VOCABULARY, config_of, contents, inputs, megasparse
 from tests.launch import run_distributed
 
 
@@ -25,11 +23,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, np.
     root = tmp_path_factory.mktemp("saved")
     logits = run_distributed(4, "tests.hf.cases:save_all", root, list(MODELS), {"tensor": 2, "pipeline": 2})[-1]
     return {name: (root / name, logits[name]) for name in MODELS}
-
-
-def megasparse(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "megasparse", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def run_hf(folder: Path, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32) -> tuple[Any, np.ndarray]:
