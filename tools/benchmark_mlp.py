@@ -274,13 +274,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def environment() -> dict[str, str]:
     root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "python": platform.python_version(),
-        "commit": commit.strip(),
+        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
         "command": " ".join(sys.argv),
     }
 
