@@ -2,7 +2,8 @@
 //
 // Work: FLOPs = 2 M D H, dense. Bound: the tensor cores. Bytes into the SMs per tile of 128 x 256: (128 + 256 / 2) * D * 2
 // with the weight tile shared by a cluster of two CTAs (128 FLOP a byte); written: M H / 8 of mask and, per non-empty slot,
-// the sectors its values touch.
+// the sectors its values touch. Measured on one H200, M 16384, D 2048, H 5632, mean L0 309: 0.488 ms, cuBLAS's product alone
+// 0.490 ms (90 % of the tensor cores' peak at the clock of the run); 0.613 ms at mean L0 2800. A permuted weight adds 0.013 ms.
 //
 // Persistent clusters of two CTAs: the two take neighbouring token tiles and the same 256 positions, and each loads half of
 // the weight tile for both (TMA multicast). One thread fills a ring of 48-KB stages. Warpgroups 1 and 2 multiply 64 tokens

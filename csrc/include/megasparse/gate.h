@@ -15,7 +15,7 @@ struct GateParams {
   const int32_t* order;  // [H], or null for the identity
   void* workspace;       // gate_workspace_bytes, 16-byte aligned; may be null where that is 0
   uint64_t* mask;        // [Mp, W]: bit j of word w of row t is set iff g[t, 64 w + j] != 0. Fully written, rows >= M too
-  void* arena;           // bf16 [Mp, 64 W]: element i of word w's slot (64 w + i) = its i-th non-zero; the rest unwritten
+  void* arena;           // bf16 [Mp, 64 W]: element i of word w's slot (64 w + i) = its i-th non-zero; the rest undefined
   const int32_t* run_if; // device flag or null: nothing is done if *run_if == 0
   int64_t m;
   int64_t d;             // multiple of 8

@@ -58,7 +58,7 @@ struct GatherNtParams {
   int sm_count;
 };
 
-// Work units (token tile x at most 256 union columns), widest first. plan[0] = their number; deterministic.
+// Work units (token tile x at most 192 union columns), widest first. plan[0] = their number; deterministic.
 int64_t gather_nt_max_units(int64_t m, int64_t h);
 size_t gather_nt_plan_bytes(int64_t m, int64_t h);
 cudaError_t launch_gather_nt_plan(const int32_t* union_count, int64_t m, int64_t h, int32_t* plan, cudaStream_t stream);
