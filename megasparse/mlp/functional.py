@@ -39,7 +39,8 @@ def sparse_mlp(
             gradients cheaper (`LayerRouter`); results depend on it by rounding only. None: natural.
         capacity: non-zeros that the sparse path's saved buffers hold (`LayerRouter.capacity`). Where there
             are more, the backward computes them again: exact, but slower. None: a sixteenth of M x H.
-        main_grads: fp32 buffers to add the weight gradients to; autograd then gets none for the weights.
+        main_grads: fp32 buffers to add the weight gradients to; autograd then gets none for the weights. In
+            code under torch.compile, only one call may await its backward (PyTorch raises otherwise).
 
     Returns:
         `MLPOutput`. The gradient of its `l1`, times sign(h), is added to the gradient of h in the backward.
