@@ -175,7 +175,9 @@ def _run_transformers(folder: Path, inputs: Tensor) -> list[Tensor]:
 def _reference(folder: Path) -> Any:
     """The model in transformers, in fp32: as it loads by itself where its activation is ReLU, else made to be ReLU."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     described = read_hf_config(folder)
     stock = described.down_by_neuron is False and described.activation == "relu"
     if stock and not (folder / "config.json").read_text().count("sparsity_"):
