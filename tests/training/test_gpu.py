@@ -36,7 +36,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(text: Path, directory: Path, tensor: int, path: str, micro_batch: int) -> subprocess.Popen[bytes]:
-    """Begin a run of 50 steps of a small GPT in bf16 on `tensor` GPUs."""
+    """Begin a run of 50 steps of a small GPT in bf16 on `tensor` GPUs.
+
+    At learning rates that make the loss spike, two dense runs drift apart at random by tenths; at this one they do not.
+    """
     directory.mkdir(parents=True)
     config = directory / "config-in.yaml"
     config.write_text(
@@ -64,7 +67,7 @@ def start(text: Path, directory: Path, tensor: int, path: str, micro_batch: int)
                     "steps": STEPS,
                     "eval_steps": 0,
                 },
-                "optimizer": {"lr": 1e-3, "schedule": {"kind": "constant", "warmup_steps": 10}},
+                "optimizer": {"lr": 2e-4, "schedule": {"kind": "constant", "warmup_steps": 10}},
                 "checkpoint": {"interval": 0},
                 "logging": {"interval": 1, "report": False},
             }
