@@ -91,7 +91,7 @@ def _run_megatron(source: Source, inputs: Tensor, rounded: torch.dtype | None) -
 
     from megasparse.megatron.model import build_model
 
-    with _cpu_stands_in_for_cuda(True), _single_process():
+    with _single_process():
         (model,) = build_model(_config(source))
         # The formats that training saves in.
         sharded = model.sharded_state_dict(prefix="", metadata={"singleton_local_shards": False})
@@ -126,22 +126,6 @@ def _config(source: Source) -> Config:
 
 
 @contextmanager
-def _cpu_stands_in_for_cuda(wanted: bool) -> Iterator[None]:
-    """Whether, where there is no GPU, torch's names of CUDA mean the CPU.
-
-    Megatron needs it. transformers must not have it: it fills its rotary buffers by functions that are replaced then.
-    """
-    from megasparse.megatron.cpu_runtime import cpu_runtime_enabled, disable_cpu_runtime, enable_cpu_runtime
-
-    before = cpu_runtime_enabled()
-    enable_cpu_runtime() if wanted else disable_cpu_runtime()
-    try:
-        yield
-    finally:
-        enable_cpu_runtime() if before else disable_cpu_runtime()
-
-
-@contextmanager
 def _single_process() -> Iterator[None]:
     """Megatron's process groups for a job of this process alone."""
     import torch.distributed as dist
@@ -160,15 +144,14 @@ def _single_process() -> Iterator[None]:
 
 
 def _run_transformers(folder: Path, inputs: Tensor) -> list[Tensor]:
-    with _cpu_stands_in_for_cuda(False):
-        model = _reference(folder)
-        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        model.to(device).eval()
-        outputs: list[Tensor] = []
-        hooks = _record(model.model.embed_tokens, model.model.layers, outputs, lambda tensor: tensor)
-        logits = model(inputs.to(device)).logits
-        for hook in hooks:
-            hook.remove()
+    model = _reference(folder)
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    model.to(device).eval()
+    outputs: list[Tensor] = []
+    hooks = _record(model.model.embed_tokens, model.model.layers, outputs, lambda tensor: tensor)
+    logits = model(inputs.to(device)).logits
+    for hook in hooks:
+        hook.remove()
     return [*outputs, logits.float().cpu()]
 
 

@@ -146,9 +146,10 @@ def enable_cpu_runtime() -> bool:
         return False
     if _originals:
         return True
-    # torch.compile lists torch's operators when first imported, and Megatron-Core imports it: it must not find the
-    # replacements below.
+    # torch.compile (imported by Megatron-Core) and `with torch.device(...)` (used by transformers to load models) list
+    # torch's operators once, when first used: they must not find the replacements below.
     importlib.import_module("torch._dynamo")
+    importlib.import_module("torch.utils._device")._device_constructors()
     cuda = torch.cuda
     _replace(cuda, "current_device", lambda: _CPU)
     # `torch.cuda._lazy_call` runs at once where CUDA is initialised and would queue for ever where it is not;

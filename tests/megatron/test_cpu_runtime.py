@@ -64,3 +64,15 @@ def test_everything_is_given_back() -> None:
         "assert before == (torch.zeros, torch.Tensor.type, torch.cuda.current_device, torch.cuda.Stream)\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_default_devices_still_hold() -> None:
+    # A fresh process: the list of factories that `torch.device` acts on is made once.
+    code = (
+        "import torch, megasparse.megatron\n"
+        "with torch.device('meta'):\n"
+        "    assert torch.arange(4).device.type == 'meta'\n"
+        "    assert torch.zeros(4).device.type == 'meta'\n"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
