@@ -26,8 +26,8 @@ from urllib.parse import urlparse
 Status = Literal["ok", "warn", "fail"]
 MEGATRON_VERSIONS = ((0, 16, 1), (0, 20))
 """First that works, first that is not known to."""
-_SHARED_MEMORY_PER_GPU = 1 << 30
-_SLOW_SHARE = 0.5
+SHARED_MEMORY_PER_GPU = 1 << 30
+SLOW_SHARE = 0.5
 """Of the data sheet's bf16 peak, below which a GPU counts as slow: a healthy one gives 0.7 to 0.8."""
 
 
@@ -158,9 +158,9 @@ def _gpu(index: int) -> Check:
     found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {capability}"
     if (properties.major, properties.minor) < (8, 0):
         return Check(name, "fail", found, "no bf16 tensor cores: unusably slow", "use an Ampere or newer GPU")
-    rate, peak = _product_rate(index), peak_bf16_flops(properties.name)
+    rate, peak = product_rate(index), peak_bf16_flops(properties.name)
     found += f", {rate / 1e12:.0f} TFLOP/s in a bf16 product"
-    if peak is not None and rate < _SLOW_SHARE * peak:
+    if peak is not None and rate < SLOW_SHARE * peak:
         return Check(name, "warn", found, f"{rate / peak:.0%} of its peak: the whole job waits for its slowest GPU",
                      "look for other processes, power caps and heat (nvidia-smi -q -d PERFORMANCE)")  # fmt: skip
     if (properties.major, properties.minor) != (9, 0):
@@ -168,7 +168,7 @@ def _gpu(index: int) -> Check:
     return Check(name, "ok", found)
 
 
-def _product_rate(index: int, size: int = 8192, repeats: int = 20) -> float:
+def product_rate(index: int, size: int = 8192, repeats: int = 20) -> float:
     """FLOP/s of a bf16 matrix product."""
     import torch
 
@@ -295,7 +295,7 @@ def _memory() -> Iterator[Check]:
     import torch
 
     free = shutil.disk_usage(shared).free
-    needed = _SHARED_MEMORY_PER_GPU * max(1, torch.cuda.device_count())
+    needed = SHARED_MEMORY_PER_GPU * max(1, torch.cuda.device_count())
     found = f"{free / 2**30:.1f} GiB free"
     if free >= needed:
         yield Check("/dev/shm", "ok", found)
