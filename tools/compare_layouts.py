@@ -95,15 +95,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="prefix of the .png and .md written")
     arguments = parser.parse_args()
 
-    curves = {}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    curves: dict[str, Curve] = {}
     for name, ranks, *overrides in arguments.layout:
         directory = arguments.runs / name.lower().replace(" ", "-")
         curves[name] = run_layout(arguments.config, name, int(ranks), [*arguments.set, *overrides], directory)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_plot(curves, arguments.output.with_suffix(".png"))
-    text = table(curves)
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text)
+        # After every layout: a machine that is taken away later leaves what was finished.
+        write_plot(curves, arguments.output.with_suffix(".png"))
+        arguments.output.with_suffix(".md").write_text(table(curves))
+    print(table(curves))
 
 
 if __name__ == "__main__":
