@@ -23,7 +23,7 @@ Curve = dict[int, dict[str, float]]
 def run_layout(config: str, name: str, ranks: int, overrides: list[str], directory: Path) -> Curve:
     """Train in `directory` (kept: a finished run is not repeated) and return metrics by step."""
     metrics = directory / "metrics.jsonl"
-    if not metrics.exists():
+    if not (directory / "exit.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
@@ -60,7 +60,8 @@ def write_plot(curves: dict[str, Curve], path: Path) -> None:
     losses.legend()
     differences.set_ylabel(f"difference from {next(iter(curves))}")
     differences.set_xlabel("step")
-    differences.legend()
+    if len(curves) > 1:
+        differences.legend()
     for axis in (losses, differences):
         axis.grid(alpha=0.3)
     figure.tight_layout()
