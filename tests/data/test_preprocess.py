@@ -211,7 +211,11 @@ def test_interruption_leaves_nothing_half_written(tmp_path: Path, tokenizer: Tex
     output = tmp_path / "out"
     command = [sys.executable, "-m", "megasparse", "preprocess", str(source), "--output", str(output / "data"),
                "--tokenizer", tokenizer.path, "--workers", "1"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stderr is not None
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in output.glob(".data.partial-*/data.bin")):
