@@ -1,0 +1,171 @@
+"""`megasparse status RUN`: what a run is doing, from SLURM and from the files in its directory."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import statistics
+import subprocess
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megasparse.monitoring.record import Record, read_records
+
+WINDOW = 50
+"""Training records that the time a step takes is taken from."""
+
+
+class StatusError(ValueError):
+    """There is no run to tell of."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of a run; None: not known. `eta_seconds` counts from now, at the pace of the last steps."""
+
+    run: str
+    job: str | None
+    state: str
+    reason: str | None
+    nodes: str | None
+    requeues: int
+    step: int | None
+    steps: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    eta_seconds: float | None
+    seconds_since_step: float | None
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self))
+
+
+def status_of(run: Path, now: float) -> Status:
+    """Looks at a run directory and asks SLURM about its newest job.
+
+    Args:
+        now: Unix seconds.
+
+    Raises:
+        StatusError: the directory is not that of a run.
+    """
+    if not (run / "config.yaml").is_file() and not (run / "logs").is_dir():
+        raise StatusError(f"{run}: not the directory of a run (no config.yaml, no logs)")
+    job = _newest_job(run)
+    ends = _read_ends(run / "requeues.jsonl")
+    state, reason, nodes = _ask_slurm(job) or _from_files(ends)
+    records: deque[Record] = deque(maxlen=WINDOW)
+    config = _read_config(run)
+    metrics = Path(config.get("logging", {}).get("directory") or run) / "metrics.jsonl"
+    for record in read_records(metrics):
+        if record.split == "train":
+            records.append(record)
+    last = records[-1] if records else None
+    steps = config.get("training", {}).get("steps")
+    pace = _seconds_a_step(list(records))
+    left = None if last is None or steps is None else max(0, steps - last.step)
+    return Status(
+        run=str(run),
+        job=job,
+        state=state,
+        reason=reason,
+        nodes=nodes,
+        requeues=sum(1 for end in ends if end.get("requeued")),
+        step=last.step if last else None,
+        steps=steps,
+        loss=_number(last, "loss/lm"),
+        tokens_per_second=_number(last, "throughput/tokens_per_second"),
+        eta_seconds=0.0 if left == 0 else None if left is None or pace is None else left * pace,
+        seconds_since_step=now - last.time if last else None,
+    )
+
+
+def print_status(status: Status) -> None:
+    """A few lines for people."""
+    job = f"job {status.job}: {status.state}" if status.job else status.state
+    print(f"{status.run}: {job}" + (f" ({status.reason})" if status.reason else ""))
+    if status.nodes:
+        print(f"  nodes     {status.nodes}")
+    print(f"  requeued  {status.requeues} times")
+    if status.step is None:
+        print("  no step yet")
+        return
+    print(f"  step      {status.step:,} of {status.steps:,}" if status.steps else f"  step      {status.step:,}")
+    if status.loss is not None:
+        print(f"  loss      {status.loss:.4f}")
+    if status.tokens_per_second is not None:
+        print(f"  tokens/s  {status.tokens_per_second:,.0f}")
+    if status.eta_seconds:
+        print(f"  ETA       {datetime.timedelta(seconds=round(status.eta_seconds))}, at the pace of the last steps")
+    if status.seconds_since_step is not None:
+        print(f"  last step {datetime.timedelta(seconds=round(status.seconds_since_step))} ago")
+
+
+def _newest_job(run: Path) -> str | None:
+    """Log directories are called JOB-ATTEMPT."""
+    directories = [path for path in (run / "logs").glob("*-*") if path.is_dir()]
+    newest = max(directories, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else newest.name.rsplit("-", 1)[0]
+
+
+def _ask_slurm(job: str | None) -> tuple[str, str | None, str | None] | None:
+    """State, reason and nodes of a job that SLURM still knows."""
+    if job is None:
+        return None
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    line = done.stdout.strip()
+    if done.returncode != 0 or not line:
+        return None
+    state, reason, nodes = line.splitlines()[0].split("|", 2)
+    return state, None if reason == "None" else reason, nodes or None
+
+
+def _from_files(ends: list[dict[str, object]]) -> tuple[str, str | None, str | None]:
+    """What the batch script wrote last, where SLURM has forgotten the job."""
+    if not ends:
+        return "not known to SLURM", None, None
+    reason, nodes = str(ends[-1]["reason"]), str(ends[-1]["nodes"])
+    if ends[-1]["requeued"]:
+        return "requeued, not known to SLURM now", reason, nodes
+    return ("done", None, nodes) if reason == "done" else ("ended", reason, nodes)
+
+
+def _read_ends(path: Path) -> list[dict[str, object]]:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _read_config(run: Path) -> dict[str, dict[str, Any]]:
+    """The resolved configuration that the run wrote."""
+    try:
+        return yaml.safe_load((run / "config.yaml").read_text()) or {}
+    except FileNotFoundError:
+        return {}
+
+
+def _seconds_a_step(records: list[Record]) -> float | None:
+    """Median over the last records; a pause between two attempts does not move it."""
+    paces = [
+        (later.time - earlier.time) / (later.step - earlier.step)
+        for earlier, later in itertools.pairwise(records)
+        if later.step > earlier.step
+    ]
+    return statistics.median(paces) if paces else None
+
+
+def _number(record: Record | None, name: str) -> float | None:
+    value = record.metrics.get(name) if record is not None else None
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Runs one rank: rank.sh LOGS RUN COMMAND... (started by srun, or by torchrun which srun started).
+#
+# - The rank's output goes to LOGS/rank_00003.log and on to the merged log.
+# - When the rank ends, LOGS/exit/rank_00003 says when, which rank, with which code, on which node: the earliest failure
+#   is the one to look at. A rank that SLURM ends together with the others writes none.
+# - Ends that all ranks agree on (75 requeue, 65 not finite) become 0 here, so that srun --kill-on-bad-exit does not
+#   kill a rank which is still writing; the launcher reads them from the files.
+# - SIGUSR1 while the rank still starts would kill it: it is ignored until the training loop listens, and this script
+#   leaves the stop file, which the loop finds when it is there.
+set -euo pipefail
+
+logs=$1 run=$2
+shift 2
+rank=${RANK:-${SLURM_PROCID:-0}}
+name=rank_$(printf '%05d' "$rank")
+
+exec 3>&1
+exec > >(trap '' TERM USR1 INT; exec tee -a "$logs/$name.log" >&3) 2>&1
+writer=$!
+exec 3>&-
+trap 'echo SIGUSR1 >"$logs/signalled"; : >"$run/stop"' USR1
+trap ':' TERM
+
+(trap '' USR1; trap - TERM; exec "$@") &
+child=$!
+code=0
+wait "$child" || code=$?
+while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the rank
+    wait "$child" || true
+done
+code=0
+wait "$child" || code=$?
+
+printf '%s %s %s %s\n' "$(date +%s.%N)" "$rank" "$code" "${SLURMD_NODENAME:-$(hostname)}" >"$logs/exit/.$name"
+mv "$logs/exit/.$name" "$logs/exit/$name"
+if ((code > 128)); then
+    echo "rank $rank on ${SLURMD_NODENAME:-$(hostname)}: ended by signal $((code - 128))"
+elif ((code != 0)); then
+    echo "rank $rank on ${SLURMD_NODENAME:-$(hostname)}: ended with code $code"
+fi
+exec >&- 2>&-
+for ((i = 0; i < 50; i++)); do # the log's writer ends when the last child of the rank has
+    kill -0 "$writer" 2>/dev/null || break
+    sleep 0.1
+done
+case $code in
+    65 | 75) exit 0 ;;
+    *) exit "$code" ;;
+esac

@@ -1,0 +1,152 @@
+"""Submitting tiny runs with the launcher, and reading what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.slurm.cluster import Cluster, wait_for
+from tests.training.cases import VOCABULARY, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+class Workplace:
+    """A working directory with data and a configuration of two layers.
+
+    Jobs run `paced_python`: with `hold=STEP` the ranks of the first attempt wait before that step until the test or
+    the launcher has acted, so that no test depends on how fast the machine is.
+    """
+
+    def __init__(self, cluster: Cluster, directory: Path) -> None:
+        self.cluster = cluster
+        self.directory = directory
+        write_data(directory / "text", documents=200, seed=1)
+        self.config = directory / "tiny.yaml"
+        self.config.write_text(yaml.safe_dump(configuration()))
+        (directory / "site.sh").write_text(
+            f"export MEGASPARSE_ROOT='{ROOT}' MEGASPARSE_PYTHON='{ROOT}/tests/slurm/paced_python'\n"
+            f"export MEGASPARSE_TEST_PYTHON='{sys.executable}' OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo\n"
+        )
+
+    def run_directory(self, name: str) -> Path:
+        """Where the run of this name writes."""
+        return self.directory / "runs" / name
+
+    def alone(self, name: str, *overrides: str) -> dict[int, dict[str, Any]]:
+        """Trains in one process without SLURM; its metrics."""
+        subprocess.run(
+            [sys.executable, "-m", "megasparse", "pretrain", self.config.name, f"run.name={name}", *overrides],
+            cwd=self.directory, check=True, timeout=120, capture_output=True,
+            env={**self.cluster.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return self.metrics(name)
+
+    def submit(
+        self,
+        name: str,
+        *overrides: str,
+        nodes: int = 2,
+        hold: int = 0,
+        flags: tuple[str, ...] = (),
+        script: str = "pretrain.sbatch",
+        config: str = "tiny.yaml",
+        **environment: str,
+    ) -> str:
+        """Submits the launcher; the job's number."""
+        answer = subprocess.run(
+            [
+                "sbatch", "--parsable", f"--job-name={name}", f"--nodes={nodes}", "--ntasks-per-node=1",
+                "--gpus-per-node=0", "--mem=100", "--oversubscribe", "--time=10", *flags,
+                str(ROOT / "slurm" / script), config, *overrides,
+            ],
+            cwd=self.directory, capture_output=True, text=True, timeout=30,
+            env={
+                **self.cluster.environment, "MEGASPARSE_SITE": str(self.directory / "site.sh"),
+                "MEGASPARSE_PREFLIGHT": "0", "MEGASPARSE_TEST_HOLD": str(hold), **environment,
+            },
+        )  # fmt: skip
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout.strip()
+
+    def wait_for_hold(self, name: str, ranks: int = 2, seconds: float = 200.0) -> dict[int, int]:
+        """Waits until all ranks hold; their process ids by rank."""
+        directory = self.run_directory(name)
+
+        def holding() -> dict[int, int]:
+            files = {int(path.suffix[1:]): path for path in directory.glob("holding.*")}
+            return {rank: int(path.read_text()) for rank, path in files.items()} if len(files) == ranks else {}
+
+        return dict(wait_for(f"ranks of {name} at the step to hold", holding, seconds, lambda: self.log(name)))
+
+    def release(self, name: str) -> None:
+        """Lets the ranks of a run go on."""
+        (self.run_directory(name) / "go").touch()
+
+    def metrics(self, name: str) -> dict[int, dict[str, Any]]:
+        """Training metrics by step; each step is there once."""
+        result: dict[int, dict[str, Any]] = {}
+        for line in (self.run_directory(name) / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if record["split"] == "train":
+                assert record["step"] not in result
+                result[record["step"]] = record
+        return result
+
+    def ends(self, name: str) -> list[dict[str, Any]]:
+        """The records of requeues.jsonl."""
+        return [json.loads(line) for line in (self.run_directory(name) / "requeues.jsonl").read_text().splitlines()]
+
+    def log(self, name: str) -> str:
+        """All merged logs of a run, and what the batch scripts printed before they had a run directory."""
+        paths = [*sorted(self.run_directory(name).glob("logs/*/job.log")), *self.directory.glob(f"slurm-{name}-*.out")]
+        return "\n".join(path.read_text(errors="replace") for path in paths)
+
+
+def configuration() -> dict[str, Any]:
+    """Two layers of width 64."""
+    return {
+        "model": {
+            "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4,
+            "vocab_size": VOCABULARY, "make_vocab_size_divisible_by": 16,
+        },
+        "sparsity": {"l1": {"mode": "target", "target_l0": 20, "start_step": 2, "coeff": 1e-3}},
+        "data": {"blend": "text", "sequence_length": 32, "num_workers": 0, "split": "90,10,0"},
+        "training": {
+            "micro_batch_size": 1, "global_batch_size": 4, "steps": STEPS, "precision": "fp32", "eval_steps": 0,
+        },
+        "optimizer": {"lr": 3e-3, "schedule": {"kind": "cosine", "warmup_steps": 4}},
+        "checkpoint": {"interval": 4},
+        "logging": {"interval": 1, "report": False, "console": False, "wandb": {"mode": "disabled"}},
+    }  # fmt: skip
+
+
+def differences(
+    left: dict[int, dict[str, Any]], right: dict[int, dict[str, Any]], tolerance: float = 0.0
+) -> list[tuple[int, str, float, float]]:
+    """Steps at which loss, gradient norm, learning rate or an L1 coefficient differ."""
+    assert sorted(left) == sorted(right) == list(range(1, STEPS + 1))
+    names = ("loss/lm", "grad_norm", "lr", "l1/layer_0/coeff", "l1/layer_1/coeff", "progress/tokens")
+    return [
+        (step, name, left[step][name], right[step][name])
+        for step in left
+        for name in names
+        if not math.isclose(left[step][name], right[step][name], rel_tol=tolerance, abs_tol=0.0)
+    ]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,131 @@
+"""`megasparse launch` and `megasparse status`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megasparse.slurm.launch import LAUNCHERS, LaunchFileError, read_job, render
+from megasparse.slurm.status import Status, StatusError, status_of
+from tests.slurm.runs import ROOT, Workplace
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_rendered_script_has_the_flags_once_and_the_arguments_quoted(tmp_path: Path) -> None:
+    job = read_job(
+        write(
+            tmp_path / "job.yaml",
+            {
+                "job": "pretrain", "name": "a run", "arguments": ["a config.yaml", "run.name=it's"],
+                "sbatch": {"nodes": 4, "exclusive": False, "comment": "two words"},
+                "environment": {"NCCL_DEBUG": "WARN"},
+            },
+        )
+    )  # fmt: skip
+    script = render(job)
+    head = script[: script.index("# megasparse launch")]
+    assert head.count("--nodes=") == 1
+    assert "#SBATCH --nodes=4\n" in head
+    assert "--exclusive" not in head
+    assert "#SBATCH '--comment=two words'\n" in head
+    printed = script[script.index("set -- ") :].splitlines()[0]
+    code = f"{printed}; printf '%s\\n' \"$@\""
+    shown = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["a config.yaml", "run.name=it's"]
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("launcher", sorted(LAUNCHERS.glob("*.sbatch")), ids=lambda path: path.stem)
+def test_every_launcher_renders(launcher: Path, tmp_path: Path) -> None:
+    job = read_job(write(tmp_path / "job.yaml", {"job": launcher.stem, "sbatch": {"time": "1:00"}}))
+    assert render(job).count("#SBATCH --time=") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"job": "pretrain", "argument": []}, "argument"),
+        ({"job": "pretrian"}, "pretrain"),
+        ({"job": "pretrain", "then": [{"job": "nothing"}]}, "nothing"),
+    ],
+)
+def test_mistakes_in_the_job_file_are_named(content: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(LaunchFileError, match=message):
+        read_job(write(tmp_path / "job.yaml", content))
+
+
+def test_the_example_is_valid() -> None:
+    assert [child.job for child in read_job(ROOT / "slurm" / "job.example.yaml").then] == ["evaluate", "convert"]
+
+
+def write_run(run: Path, steps: int = 100) -> None:
+    """A run that made 10 steps, 2 s each, and a pause of an hour."""
+    (run / "logs" / "77-0").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"training": {"steps": steps}, "logging": {"directory": None}}))
+    lines = []
+    for step in range(1, 11):
+        moment = 1000.0 + 2 * step + (3600 if step > 5 else 0)
+        lines.append({"step": step, "time": moment, "split": "train", "loss/lm": 3.0 - step / 10,
+                      "throughput/tokens_per_second": 512.0})  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    end = {"time": 1, "job": 77, "attempt": 0, "requeued": True, "reason": "SIGUSR1 after step 5", "nodes": "n1"}
+    (run / "requeues.jsonl").write_text(json.dumps(end) + "\n")
+
+
+def test_status_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert status_of(tmp_path, now=4650.0) == Status(
+        run=str(tmp_path), job="77", state="requeued, not known to SLURM now", reason="SIGUSR1 after step 5",
+        nodes="n1", requeues=1, step=10, steps=100, loss=2.0, tokens_per_second=512.0, eta_seconds=180.0,
+        seconds_since_step=30.0,
+    )  # fmt: skip
+
+
+def test_status_of_no_run(tmp_path: Path) -> None:
+    with pytest.raises(StatusError, match="not the directory of a run"):
+        status_of(tmp_path, now=0.0)
+
+
+def test_launched_run_trains_and_its_status_is_told(place: Workplace) -> None:
+    directory = place.directory
+    write(
+        directory / "job.yaml",
+        {
+            "job": "pretrain", "name": "launched", "arguments": ["tiny.yaml"],
+            "sbatch": {"nodes": 1, "ntasks-per-node": 1, "gpus-per-node": 0, "mem": 100, "exclusive": False,
+                       "oversubscribe": True, "time": 10, "signal": "B:USR1@60"},
+            "environment": {"MEGASPARSE_SITE": str(directory / "site.sh"), "MEGASPARSE_PREFLIGHT": 0},
+            "then": [{"job": "evaluate", "arguments": ["runs/launched", "training.eval_steps=1"], "name": "judged",
+                      "environment": {"MEGASPARSE_SITE": str(directory / "site.sh")},
+                      "sbatch": {"ntasks-per-node": 1, "gpus-per-node": 0, "mem": 100, "exclusive": False,
+                                 "oversubscribe": True, "time": 10}}],
+        },
+    )  # fmt: skip
+
+    def megasparse(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "megasparse", *arguments], cwd=directory, capture_output=True, text=True,
+            env={**place.cluster.environment, "PYTHONPATH": str(ROOT)}, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    trained, judged = (line.split()[0] for line in megasparse("launch", "job.yaml").splitlines())
+    assert place.cluster.wait_for_end(trained) == "COMPLETED", place.log("launched")
+    status = json.loads(megasparse("status", "runs/launched", "--json"))
+    assert (status["job"], status["state"], status["step"], status["eta_seconds"]) == (trained, "COMPLETED", 12, 0.0)
+    assert status["loss"] == place.metrics("launched")[12]["loss/lm"]
+    assert f"job {trained}: COMPLETED" in megasparse("status", "runs/launched")
+    assert place.cluster.wait_for_end(judged) == "COMPLETED", place.log("judged")
+    assert "perplexity" in place.log("judged").lower()
