@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import megasparse
 from megasparse.hf.commands import add_convert
+from megasparse.slurm.commands import add_launch, add_status
 
 EXIT_MISTAKE = 2
 OVERRIDES = "a.b=c"
@@ -77,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megasparse {megasparse.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_add_preprocess, _add_pretrain, _add_evaluate, add_convert, _add_report, _add_doctor):
+        add(commands)
+    for add in (add_launch, add_status):
         add(commands)
     return parser
 
