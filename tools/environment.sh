@@ -44,7 +44,8 @@ install_environment() {
     # torch first and by its exact version: a bare requirement could choose a build for another accelerator.
     "$venv/bin/python" -m pip install --quiet --upgrade pip "setuptools>=77" wheel
     "$venv/bin/python" -m pip install --quiet --constraint "$constraints" "$(grep '^torch==' "$constraints")"
-    "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --no-build-isolation \
+    # setuptools warns of every editable installation whose folder is named like its package.
+    PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --no-build-isolation \
         --editable "$repository${extras:+[$extras]}"
     echo "$wanted" > "$stamp"
 }
