@@ -26,7 +26,7 @@ OVERRIDES = "a.b=c"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 `doctor` found a failure, 2 a mistake that the message explains.
+    """Run one command and exit: 0 done, 1 a check failed (`doctor`, `preflight`), 2 a mistake, which it explains.
 
     `pretrain` has further codes: `megasparse.training.signals`.
     """
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megasparse {megasparse.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_preprocess, _add_pretrain, _add_evaluate, add_convert, _add_report, _add_doctor):
+    for add in (_add_preprocess, _add_pretrain, _add_evaluate, add_convert, _add_report, _add_doctor, _add_preflight):
         add(commands)
     for add in (add_launch, add_status):
         add(commands)
@@ -172,6 +172,28 @@ def _add_doctor(commands: Any) -> None:
     parser.set_defaults(run=_doctor)
 
 
+def _add_preflight(commands: Any) -> None:
+    parser = commands.add_parser(
+        "preflight",
+        help="check that all nodes of an allocation fit together, before a long start",
+        description="Start it as the run will be started (srun, torchrun): every rank says what code, config, data, "
+        "versions and storage it sees, and measures GPU and network; rank 0 prints one table that names hosts and "
+        "ranks. Exit code 0: go; 1: something fails.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    _add_overrides(parser)
+    parser.add_argument(
+        "--timeout", type=float, default=75.0, metavar="S", help="seconds once rank 0 is there (%(default)s)"
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks of the run, where fewer check (one a node)")
+    parser.add_argument(
+        "--min-free", type=float, default=1.0, metavar="GIB", help="free space beyond checkpoints (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the result and the hosts at fault as JSON")
+    parser.set_defaults(run=_preflight)
+
+
 def _preprocess(args: argparse.Namespace) -> int:
     from megasparse.data.documents import DEFAULT_INCLUDE
     from megasparse.data.preprocess import PreprocessOptions, preprocess
@@ -253,6 +275,16 @@ def _doctor(args: argparse.Namespace) -> int:
     checks = examine()
     print_checks(checks, as_json=args.json)
     return int(any(check.status == "fail" for check in checks))
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    _quiet_megatron()
+    from megasparse.preflight.run import Options, leave_process, preflight
+
+    options = Options(args.timeout, args.world_size, int(args.min_free * 2**30), args.json, args.report)
+    code = preflight(args.config, args.overrides, options)
+    leave_process(code)
+    return code
 
 
 if __name__ == "__main__":

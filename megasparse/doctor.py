@@ -58,16 +58,17 @@ def print_checks(checks: list[Check], as_json: bool = False) -> None:
         print(json.dumps([asdict(check) for check in checks], indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
+    from rich.table import Column, Table
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140
-    table = Table("", "check", "found", "what it costs, what to do", show_lines=False)
+    table = Table("", "check", Column("found", overflow="fold"), "what it costs, what to do", show_lines=False)
     signs = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]FAIL[/red]"}
     for check in checks:
         advice = ". ".join(text for text in (check.cost, check.fix) if text)
-        table.add_row(signs[check.status], check.name, check.found, advice)
+        table.add_row(signs[check.status], check.name, escape(check.found), escape(advice))
     console.print(table)
     failed = sum(check.status == "fail" for check in checks)
     warned = sum(check.status == "warn" for check in checks)
