@@ -179,14 +179,13 @@ class Cluster:
             texts += path.read_text(errors="replace").splitlines()[-15:]
         return "\n".join(texts)
 
-    def kill_node(self, node: str) -> None:
-        """Ends the slurmd of a node, and what it started, as a power cut does."""
+    def kill_node(self, node: str, process: int) -> None:
+        """Ends the slurmd of a node, a process of a job there and all above it, as a power cut does."""
         daemon = self.daemons.pop(node)
         doomed = [daemon.pid]
-        for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
-            pid, _, arguments = line.strip().partition(" ")
-            if "slurmstepd" in arguments and _environment_value(int(pid), "SLURMD_NODENAME") == node:
-                doomed.append(int(pid))
+        while process > 1:
+            doomed.append(process)
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
         for pid in doomed:
             os.kill(pid, signal.SIGKILL)
         daemon.wait()
@@ -216,15 +215,3 @@ class Cluster:
                 [path, *arguments], env=self.environment, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, cwd=self.root,
             )  # fmt: skip
-
-
-def _environment_value(pid: int, name: str) -> str | None:
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    for entry in entries:
-        key, _, value = entry.decode(errors="replace").partition("=")
-        if key == name:
-            return value
-    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +30,17 @@ def cluster() -> Iterator[Cluster]:
 def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Where jobs are submitted; its path has a space."""
     return Workplace(cluster, Path(tmp_path_factory.mktemp("work place")))
+
+
+@pytest.fixture(scope="session")
+def limited(place: Workplace) -> str:
+    """The number of a job whose time limit comes before its end; it runs beside the other jobs, on the same nodes."""
+    return place.submit("limited", hold=7, flags=("--time=2", "--signal=B:USR1@100"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(place: Workplace, limited: str) -> dict[int, dict[str, Any]]:
+    """Metrics of the two-node run that nothing disturbs, though another job runs on its nodes."""
+    job = place.submit("straight")
+    assert place.cluster.wait_for_end(job) == "COMPLETED", place.log("straight")
+    return place.metrics("straight")

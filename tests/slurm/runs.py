@@ -65,7 +65,7 @@ class Workplace:
         answer = subprocess.run(
             [
                 "sbatch", "--parsable", f"--job-name={name}", f"--nodes={nodes}", "--ntasks-per-node=1",
-                "--gpus-per-node=0", "--mem=100", "--oversubscribe", "--time=10", *flags,
+                "--cpus-per-task=1", "--gpus-per-node=0", "--mem=100", "--oversubscribe", "--time=10", *flags,
                 str(ROOT / "slurm" / script), config, *overrides,
             ],
             cwd=self.directory, capture_output=True, text=True, timeout=30,

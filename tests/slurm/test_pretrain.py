@@ -8,24 +8,8 @@ import signal
 import time
 from typing import Any
 
-import pytest
-
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.runs import STEPS, Workplace, alive, differences
-
-
-@pytest.fixture(scope="module")
-def limited(place: Workplace) -> str:
-    """The number of a job whose time limit comes before its end; it runs beside the other jobs, on the same nodes."""
-    return place.submit("limited", hold=7, flags=("--time=2", "--signal=B:USR1@100"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(place: Workplace, limited: str) -> dict[int, dict[str, Any]]:
-    """Metrics of the two-node run that nothing disturbs, though another job runs on its nodes."""
-    job = place.submit("straight")
-    assert place.cluster.wait_for_end(job) == "COMPLETED", place.log("straight")
-    return place.metrics("straight")
 
 
 def test_two_nodes_train_as_one_process(place: Workplace, uninterrupted: dict[int, dict[str, Any]]) -> None:
