@@ -40,7 +40,13 @@ install_environment() {
         return
     fi
     echo "Installing megasparse into $venv (once; needs about 3 GB and a few minutes)"
-    "$python" -m venv "$venv"
+    # An environment made by another interpreter cannot be brought up to date, only made anew.
+    if [[ -d $venv && $(cat "$venv/.megasparse-python" 2>/dev/null) != "$python $("$python" --version)" ]]; then
+        "$python" -m venv --clear "$venv"
+    else
+        "$python" -m venv "$venv"
+    fi
+    echo "$python $("$python" --version)" > "$venv/.megasparse-python"
     # torch first and by its exact version: a bare requirement could choose a build for another accelerator.
     "$venv/bin/python" -m pip install --quiet --upgrade pip "setuptools>=77" wheel
     "$venv/bin/python" -m pip install --quiet --constraint "$constraints" "$(grep '^torch==' "$constraints")"
