@@ -53,6 +53,15 @@ def resolve_implementation(implementation: Implementation) -> Literal["local", "
     return implementation
 
 
+def _norm(implementation: Implementation) -> Any:
+    """The norm that stands alone in a layer: Transformer Engine's, or this package's."""
+    if resolve_implementation(implementation) == "local":
+        return Norm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
 def sparse_mlp_spec(path: Mode = "auto", l1_coeff: float = 0.0, l1_layers: int | None = None) -> ModuleSpec:
     """The sparse MLP alone, for the `mlp` of any layer spec, behind a separate layer norm.
 
@@ -85,16 +94,15 @@ def layer_spec(
     core_attention: Any = SDPAttention
     column: Any = ColumnParallelLinear
     row: Any = RowParallelLinear
-    norm: Any = Norm
+    norm = _norm(implementation)
     if use_te:
         from megatron.core.extensions.transformer_engine import (
             TEDotProductAttention,
             TELayerNormColumnParallelLinear,
-            TENorm,
             TERowParallelLinear,
         )
 
-        core_attention, norm = TEDotProductAttention, TENorm
+        core_attention = TEDotProductAttention
         column, row = TELayerNormColumnParallelLinear, TERowParallelLinear
     # Norms that Transformer Engine fuses into the next projection are saved under that projection's name; so are
     # those that stand alone.
@@ -136,11 +144,7 @@ def block_spec(
     A layer spec alone leaves that norm to Megatron-Core, whose own, without Transformer Engine, refuses sequence
     parallelism.
     """
-    norm: Any = Norm
-    if resolve_implementation(implementation) == "te":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        norm = TENorm
+    norm = _norm(implementation)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
@@ -156,11 +160,7 @@ def hybrid_mlp_layer_spec(
 
     `l1_layers`: the number of `-` layers of the model; the config's `num_layers` counts the others too.
     """
-    norm: Any = Norm
-    if resolve_implementation(implementation) == "te":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        norm = TENorm
+    norm = _norm(implementation)
     return ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
