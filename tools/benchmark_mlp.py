@@ -63,7 +63,7 @@ class Layer:
 
 
 def cases(arguments: argparse.Namespace, tokens: int, width: int, hidden: int) -> Iterator[Layer]:
-    """The cases of one shape. A recorded pattern serves every shape with no more neurons than it has."""
+    """The cases of one shape. A wider layer than the recorded one is made of it and of it shifted in time."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def weights(w_gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +74,7 @@ def cases(arguments: argparse.Namespace, tokens: int, width: int, hidden: int) -
         x, w_gate = synthetic.uniform(tokens, width, hidden, l0, generator)
         yield Layer(f"uniform {l0:g}", x, *weights(w_gate), generator)
     for path in sorted(arguments.patterns.glob("*.npz")) if arguments.patterns else []:
-        pattern = synthetic.load_pattern(path, hidden)
-        if pattern.shape[1] < hidden:
-            continue
+        pattern = synthetic.widen(synthetic.load_pattern(path, hidden), hidden)
         pattern = pattern.repeat(-(-tokens // len(pattern)), 1)[:tokens]
         x, w_gate = synthetic.fit(pattern, width, generator)
         yield Layer(path.stem, x, *weights(w_gate), generator)
@@ -311,6 +309,7 @@ def main() -> int:
             return 1
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     peer = load_peer(arguments.peer) if arguments.peer else None
+    arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for tokens, width, hidden in shapes:
         print(f"M {tokens}, D {width}, H {hidden}")
@@ -336,9 +335,9 @@ def main() -> int:
             )
             del layer, functions
             torch.cuda.empty_cache()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(), "cases": rows}
-    (arguments.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+            # After every case: a machine that is taken away later leaves what was measured.
+            record = {"environment": environment(), "cases": rows}
+            (arguments.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(rows, arguments.out / "results.png")
     return 0
 

@@ -20,6 +20,16 @@ def load_pattern(path: Path, hidden: int) -> Tensor:
         return torch.from_numpy(np.unpackbits(archive["a"], axis=1)[:, :hidden].astype(bool))
 
 
+def widen(pattern: Tensor, hidden: int) -> Tensor:
+    """bool [M, hidden] from [M, H]: copies of the pattern side by side, each shifted by another stretch of tokens.
+
+    Density and union share stay those of the recorded layer; neurons of different copies are unrelated.
+    """
+    copies = -(-hidden // pattern.shape[1])
+    shift = len(pattern) // copies
+    return torch.cat([pattern.roll(copy * shift, 0) for copy in range(copies)], 1)[:, :hidden]
+
+
 def uniform(tokens: int, width: int, hidden: int, l0: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """x [M, D] and W_gate [H, D], fp32, whose gate is active independently with probability l0 / hidden."""
     device = generator.device
