@@ -36,7 +36,7 @@ def unpack(mask: Tensor, arena: Tensor) -> tuple[Tensor, Tensor]:
     bits = (mask[..., None] >> torch.arange(64, device="cuda") & 1).bool()
     rank = (bits.int().cumsum(-1) - 1).clamp(min=0).long()
     values = arena.view(rows, words, 64).gather(2, rank)
-    return values.masked_fill(~bits, 0).view(rows, -1), bits.view(rows, -1)
+    return values.masked_fill(~bits, 0).view(rows, 64 * words), bits.view(rows, 64 * words)
 
 
 def check(x: Tensor, weight: Tensor, order: Tensor | None) -> Tensor:
