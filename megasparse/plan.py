@@ -236,7 +236,7 @@ def _mlp_saved(cfg: Config, l0: float | None) -> int:
     capacity = None
     if l0 is not None:
         router = LayerRouter("sparse", width, hidden)
-        router.update(l0 / cfg.parallel.tensor, 1.0)
+        router.update(l0 / cfg.parallel.tensor, 1.0, tokens=tokens)
         capacity = router.capacity(tokens)
     kept: list[int] = []
     dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32

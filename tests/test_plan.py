@@ -117,7 +117,7 @@ def test_mlp_saved_bytes_are_those_of_the_operation(gated: bool, density: float)
     l0 = density * width
     plan = make_plan(cfg, 1, l0)
     router = LayerRouter("sparse", width, hidden)
-    router.update(l0, 1.0)
+    router.update(l0, 1.0, tokens=tokens)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, hidden, generator=generator).bfloat16().requires_grad_()
     w_in = torch.randn((2 if gated else 1) * width, hidden, generator=generator).bfloat16().requires_grad_()

@@ -57,7 +57,7 @@ class Layer:
         self.l0 = int(stats.active) / tokens
         self.union_fraction = int(stats.union) / int(stats.tiles) / hidden
         router = LayerRouter("sparse", hidden, x.shape[1])
-        router.update(self.l0, self.union_fraction, stats.tile_counts)
+        router.update(self.l0, self.union_fraction, stats.tile_counts, tokens=tokens)
         self.order, self.capacity = router.order, router.capacity(tokens)
         self.dense_bytes = 3 * tokens * hidden * 2
 
@@ -321,7 +321,7 @@ def main() -> int:
             report(layer, results)
             if arguments.profile:
                 profile(layer)
-            predicted = predicted_ratio(layer.union_fraction, ordered=True)
+            predicted = predicted_ratio(layer.union_fraction, True, tokens, width, hidden)
             measured = results["ours sparse"]["both_ms"]["median"] / results["ours dense"]["both_ms"]["median"]
             print(f"  router predicts {predicted:.2f} of the dense path, measured {measured:.2f}")
             rows.append(

@@ -17,25 +17,23 @@ _log = logging.getLogger("megasparse.mlp")
 
 Mode = Literal["auto", "dense", "sparse"]
 
-# Cost of a forward + backward in units of one dense [M, D] x [D, H] product; the dense path has nine of them.
-# Fitted to times of recorded layers on an H200 at M 16384, D 2048, H 5632 (tools/benchmark_mlp.py --profile), where
-# it predicts 0.22, 0.46, 0.50, 0.95 of the dense path's time and 0.26, 0.44, 0.49, 0.95 was measured.
-DENSE_COST = 9.0
-FIXED_COST = 1.2
-"""The gate product, and lists that do not depend on the pattern."""
-EXPAND_COST = 0.9
-"""Compact activations, written and read, at a union of all neurons."""
-UNION_EFFICIENCY = 0.83
-"""FLOP rate of the products over tile unions, relative to a dense product."""
-WGRAD_EFFICIENCY = 0.72
-"""The same for the weight gradients."""
+# Time of a forward + backward relative to the dense path's nine products. Least squares (relative) over 46 cases on an
+# H200: M 2048 to 65536, D 2048 to 8192, H 1408 to 28672, unions 0.06 to 1 (docs/benchmarks.md). Half of the cases lie
+# within 5 %, the furthest is 19 % off; it is 1.00 where 0.81 is predicted.
+FIXED_COST = 0.14
+"""The gate product, which stays dense, and lists that do not depend on the pattern."""
+UNION_COST = 0.99
+"""The other eight products, the compact activations they pass on, and all that grows with a tile's union."""
+LAUNCH_COST = 0.11
+"""Ramp-up and launches of more kernels than the dense path has, as the size of a layer in TFLOP that costs as much."""
+
 
 ENTER_SPARSE, LEAVE_SPARSE = 0.95, 1.0
 """Predicted sparse / dense time below which a layer goes sparse, and above which it goes dense again."""
 
 
-def predicted_ratio(union_fraction: float, ordered: bool) -> float:
-    """Predicted time of the sparse path over the dense path's, forward + backward.
+def predicted_ratio(union_fraction: float, ordered: bool, tokens: int, width: int, hidden: int) -> float:
+    """Predicted time of the sparse path over the dense path's, forward + backward of an [M, D] x [D, H] layer.
 
     `union_fraction` is the mean share of neurons active for any token of a 128-token tile. Five products
     (up, down, dh, both halves of dx) shrink to it. The three weight gradients shrink to the share of tokens
@@ -43,9 +41,10 @@ def predicted_ratio(union_fraction: float, ordered: bool) -> float:
     square root in natural order (recorded layers: 0.26 -> 0.21 and 0.47, 0.30 -> 0.31 and 0.68, 0.66 -> 0.69 and 0.92).
     """
     share = min(max(union_fraction, 0.0), 1.0)
-    token_share = share if ordered else math.sqrt(share)
-    products = 5 * share / UNION_EFFICIENCY + 3 * token_share / WGRAD_EFFICIENCY
-    return (FIXED_COST + EXPAND_COST * share + products) / DENSE_COST
+    if not ordered:
+        share = (5 * share + 3 * math.sqrt(share)) / 8
+    dense_tflop = 18e-12 * max(tokens, 1) * width * hidden
+    return FIXED_COST + UNION_COST * share + LAUNCH_COST / dense_tflop
 
 
 class LayerRouter:
@@ -74,6 +73,7 @@ class LayerRouter:
             raise ValueError(f"LayerRouter: mode is {mode!r}; it must be 'auto', 'dense' or 'sparse'")
         self.mode: Mode = mode
         self.hidden = hidden
+        self.width = width
         self.name = name
         self.path: Literal["dense", "sparse"] = "sparse" if mode == "sparse" else "dense"
         self.order: Tensor | None = None
@@ -88,7 +88,7 @@ class LayerRouter:
         """Non-zeros to save for `tokens` tokens (`sparse_mlp`'s capacity); None before any statistics."""
         return None if self.l0_bound is None else math.ceil(self.l0_bound * tokens)
 
-    def update(self, l0: float, union_fraction: float, tile_counts: Tensor | None = None) -> None:
+    def update(self, l0: float, union_fraction: float, tile_counts: Tensor | None = None, *, tokens: int) -> None:
         """Take statistics of some recent steps and decide what the next steps run.
 
         Args:
@@ -96,6 +96,7 @@ class LayerRouter:
             union_fraction: mean over 128-token tiles of union / hidden. Same on every rank.
             tile_counts: `MLPStats.tile_counts` of this rank's neurons, summed over the same steps: sets
                 `order`. May differ between ranks, as results depend on it by rounding only. Not synchronised.
+            tokens: M of one call, on this rank.
         """
         if tile_counts is not None:
             if tile_counts.shape != (self.hidden,):
@@ -106,7 +107,7 @@ class LayerRouter:
         self._bound_capacity(l0)
         if not self._can_change:
             return
-        ratio = predicted_ratio(union_fraction, ordered=self.order is not None)
+        ratio = predicted_ratio(union_fraction, self.order is not None, tokens, self.width, self.hidden)
         path = self.path
         if path == "dense" and ratio < ENTER_SPARSE:
             path = "sparse"

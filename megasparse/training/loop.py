@@ -157,11 +157,13 @@ def routes_after(cfg: Config, step: int) -> bool:
 
 def route(cfg: Config, state: TrainState, counts: LayerCounts) -> None:
     """Gives each layer's router the statistics of the step, the same on every rank."""
+    tokens = cfg.training.micro_batch_size * cfg.data.sequence_length // cfg.parallel.context
     for mlp in state.mlps:
         mlp.router.update(
             counts.l0[mlp.layer_index] / cfg.parallel.tensor,
             counts.union_fraction[mlp.layer_index],
             mlp.recorder.tile_counts,
+            tokens=tokens,
         )
 
 
