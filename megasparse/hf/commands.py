@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from megasparse.hf.to_hf import Converted
     from megasparse.hf.verify import Comparison
 
@@ -55,12 +57,21 @@ def add_convert(commands: Any) -> None:
     )
     back.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
     _add_common(back)
-    back.add_argument(
-        "--down-proj",
-        choices=("standard", "by-neuron"),
-        help="how down_proj is stored (as the files tell; by-neuron is transposed, as some sparse training leaves it)",
-    )
+    _add_down_proj(back)
     back.set_defaults(run=_from_hf)
+
+    hashes = directions.add_parser(
+        "hashes",
+        help="print the SHA-256 of every tensor, of either format",
+        description="One line a tensor: SHA-256 of its bytes, its Hugging Face name, type and shape; the last line "
+        "stands for the whole model. A checkpoint and a folder with the same list are the same model, bit by bit.",
+    )
+    hashes.add_argument(
+        "model", type=Path, metavar="MODEL", help="a Hugging Face folder, a checkpoint, or a run's folder (its newest)"
+    )
+    hashes.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="round to this first")
+    _add_down_proj(hashes)
+    hashes.set_defaults(run=_hashes)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -74,9 +85,22 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="run both models in fp32 on the same tokens and compare every block (memory: twice the model in fp32)",
+        help="compare all tensors, then run both models in fp32 on the same tokens and compare every block (memory: "
+        "twice the model in fp32)",
     )
-    parser.add_argument("--verify-tokens", type=int, default=512, metavar="N", help="tokens of that run (%(default)s)")
+    parser.add_argument("--verify-tokens", type=int, default=4096, metavar="N", help="tokens of that run (%(default)s)")
+
+
+def _add_down_proj(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--down-proj",
+        choices=("standard", "by-neuron"),
+        help="how down_proj is stored (as the files tell; by-neuron is transposed, as some sparse training leaves it)",
+    )
+
+
+def _down_by_neuron(args: argparse.Namespace) -> bool | None:
+    return None if args.down_proj is None else bool(args.down_proj == "by-neuron")
 
 
 def _to_hf(args: argparse.Namespace) -> int:
@@ -95,7 +119,7 @@ def _to_hf(args: argparse.Namespace) -> int:
         result = convert_to_hf(options, progress)
     _print_result(result)
     print(f"In Python: AutoModelForCausalLM.from_pretrained({str(result.path)!r})")
-    if args.verify and not _verify(result.checkpoint, result.path, result, args.verify_tokens):
+    if args.verify and not _verify(result.checkpoint, result.path, result.dtype, args.verify_tokens):
         return 1
     if args.push:
         from megasparse.hf.push import push
@@ -111,35 +135,58 @@ def _from_hf(args: argparse.Namespace) -> int:
         model=Path(args.model) if Path(args.model).exists() else download(args.model),
         output=args.output,
         dtype=args.dtype,
-        down_by_neuron=None if args.down_proj is None else args.down_proj == "by-neuron",
+        down_by_neuron=_down_by_neuron(args),
         overwrite=args.overwrite,
     )
     with _interruptible("start the same command again"), _bar("importing") as progress:
         result = convert_from_hf(options, progress)
     _print_result(result)
     print(f"In a config: base: {result.path / MODEL_YAML}, or checkpoint.load: {result.path}")
-    return 0 if not args.verify or _verify(result.path, result.checkpoint, result, args.verify_tokens) else 1
+    if args.verify:
+        same = _verify(result.path, result.checkpoint, result.dtype, args.verify_tokens, options.down_by_neuron)
+        return 0 if same else 1
+    return 0
 
 
-def _verify(checkpoint: Path, folder: Path, result: Converted, tokens: int) -> bool:
-    from megasparse.hf.verify import check_memory, compare
+def _hashes(args: argparse.Namespace) -> int:
+    from megasparse.hf.hashes import hash_of_list, hash_tensors
+    from megasparse.hf.to_hf import DTYPES
 
-    check_memory(result.parameters)
+    hashes = []
+    for item in hash_tensors(args.model, DTYPES.get(args.dtype), _down_by_neuron(args)):
+        print(item, flush=True)
+        hashes.append(item)
+    print(f"{hash_of_list(hashes)}  all {len(hashes)} tensors")
+    return 0
+
+
+def _verify(
+    checkpoint: Path, folder: Path, dtype: torch.dtype, tokens: int, down_by_neuron: bool | None = None
+) -> bool:
+    from megasparse.hf.verify import compare
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's and torch's about their own use of each other
-        comparison = compare(checkpoint, folder, rounded=result.dtype, tokens=tokens)
+        comparison = compare(checkpoint, folder, dtype, tokens, down_by_neuron)
     print_comparison(comparison)
     return comparison.passed
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """The largest difference of each block and of the logits, and the verdict."""
-    print(f"Largest differences between Megatron and transformers in fp32, over {comparison.tokens} tokens:")
+    """Whether the tensors are the same, the largest difference of each block and of the logits, and the verdict."""
+    if comparison.different:
+        print(
+            f"{len(comparison.different)} of {comparison.tensors} tensors differ, the first is "
+            f"{comparison.different[0]}"
+        )
+    else:
+        print(f"All {comparison.tensors} tensors are equal bit by bit (SHA-256 of their list: {comparison.sha256})")
+    print(f"Largest differences between Megatron and transformers in fp32, over {comparison.tokens} random tokens:")
     print(f"  embedding  {comparison.embedding:.3g}")
     for layer, difference in enumerate(comparison.blocks):
         print(f"  block {layer:<4} {difference:.3g}")
     print(f"  logits     {comparison.logits:.3g} (the largest logit is {comparison.largest_logit:.3g})")
-    print(f"  same most likely token for {comparison.same_top:.2%} of the tokens")
+    print(f"  same most likely token (top-1) for {comparison.same_top} of {comparison.tokens} tokens")
     print("verified: both compute the same" if comparison.passed else "FAILED: the two models differ")
 
 

@@ -11,9 +11,7 @@ from typing import Any
 from megasparse.config import ModelConfig, RopeScaling
 from megasparse.hf.architectures import ARCHITECTURES, Architecture, architecture_of
 from megasparse.hf.errors import ConvertError
-
-PUBLISHED_SUFFIX = "_sparse_relu"
-"""Model types of the published sparse checkpoints (arXiv 2603.23198): `llama_sparse_relu`, `qwen2_sparse_relu`."""
+from megasparse.hf.published import SUFFIX
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class SourceModel:
     max_position_embeddings: int
     down_by_neuron: bool | None
     """down_proj is stored [neurons, hidden] instead of [hidden, neurons]; None: its shape must tell."""
+    published: bool
+    """In the layout of the published sparse checkpoints, which transformers does not load by itself."""
     dtype: str | None
     token_ids: dict[str, Any] = field(default_factory=dict)
     """bos_token_id, eos_token_id, pad_token_id, as far as they are there."""
@@ -101,13 +101,13 @@ def read_hf_config(folder: Path) -> SourceModel:
         raise ConvertError(f"{path}: cannot be read ({error}); download the model again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise ConvertError(f"{path}: has no model_type; it is not the config.json of a transformers model")
-    model_type = raw["model_type"].removesuffix(PUBLISHED_SUFFIX)
+    model_type = raw["model_type"].removesuffix(SUFFIX)
     published = model_type != raw["model_type"] or any(key.startswith("sparsity_") for key in raw)
     if model_type not in ARCHITECTURES:
         raise ConvertError(
             f"{path}: model_type {raw['model_type']!r} is not supported; supported are {', '.join(ARCHITECTURES)} "
             "and the "
-            f"published sparse layouts ({'llama' + PUBLISHED_SUFFIX}, {'qwen2' + PUBLISHED_SUFFIX})"
+            f"published sparse layouts ({'llama' + SUFFIX}, {'qwen2' + SUFFIX})"
         )
     architecture = ARCHITECTURES[model_type]
     values = _with_defaults(path, model_type, raw)
@@ -117,9 +117,10 @@ def read_hf_config(folder: Path) -> SourceModel:
         # The classes that wrote these replace every MLP, whatever hidden_act and intermediate_size say.
         activation = "relu"
         width = raw.get("sparsity_new_intermediate_size") or width
-        # Training with their hybrid kernels leaves down_proj transposed, under the same name.
-        down_by_neuron = None if raw.get("sparsity_use_hybrid_kernel") else False
-        if not raw.get("sparsity_gated_mlp", True):
+        gated = bool(raw.get("sparsity_gated_mlp", True))
+        # Training with their hybrid kernels (for gated MLPs) leaves down_proj transposed, under the same name.
+        down_by_neuron = None if raw.get("sparsity_use_hybrid_kernel") and gated else False
+        if not gated:
             architecture = Architecture(model_type, architecture.class_name, gated=False, bias=architecture.bias)
     _refuse_others(path, values)
     bias = architecture.bias == "qkv" or bool(values.get("attention_bias"))
@@ -151,6 +152,7 @@ def read_hf_config(folder: Path) -> SourceModel:
         mlp_bias=bool(values.get("mlp_bias")),
         max_position_embeddings=values["max_position_embeddings"],
         down_by_neuron=down_by_neuron,
+        published=published,
         dtype=raw.get("dtype") or raw.get("torch_dtype"),
         token_ids={key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw},
     )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from megasparse.config import Config, parse_config
 from megasparse.hf.assets import copy_assets, has_tokenizer
-from megasparse.hf.config import SourceModel, read_hf_config
+from megasparse.hf.config import SourceModel
 from megasparse.hf.errors import ConvertError
 from megasparse.hf.megatron_files import write_checkpoint
+from megasparse.hf.model_folder import ModelFolder
 from megasparse.hf.output import output_folder
-from megasparse.hf.safetensors_files import WeightFiles
-from megasparse.hf.tensors import Weight, hf_shapes, join, weights
+from megasparse.hf.tensors import Weight
 from megasparse.hf.to_hf import ASSETS_BYTES, DTYPES, Converted, Progress
 from megasparse.training.checkpoint_files import seal
 
@@ -26,9 +24,6 @@ ASSETS = "hf"
 """Folder, inside the checkpoint, of the tokenizer and what else came with the model."""
 MODEL_YAML = "model.yaml"
 """Configuration to build on, inside the checkpoint."""
-
-_AUXILIARY = re.compile(r"(^|\.)(tracker|metrics_accumulator)\.|\.rotary_emb\.inv_freq$")
-"""Entries of state dicts that are no weights: statistics of the published sparse training, old rotary buffers."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +50,9 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
         ConvertError: an input or the output cannot be used. Nothing is left behind.
     """
     folder = options.model
-    described = read_hf_config(folder)
-    model = described.model
-    files = WeightFiles(folder)
-    listed = weights(model, described.architecture, _padded(described))
-    importer = _Importer(described, files, listed, options)
-    dtype = files.read(listed[-1].names[0]).dtype if options.dtype == "auto" else DTYPES[options.dtype]
+    source = ModelFolder(folder, options.down_by_neuron)
+    described, listed = source.described, source.weights
+    dtype = source.dtype if options.dtype == "auto" else DTYPES[options.dtype]
     total = sum(_count(weight) for weight in listed) * dtype.itemsize
     notes = _notes(described, folder)
     done = 0
@@ -80,10 +72,16 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
         (partial / MODEL_YAML).write_text(_yaml(config, options.output))
         common = {"run": {"step": 0, "config": config.model_dump(mode="json")}}
         write_checkpoint(
-            partial, listed, model.num_layers, dtype, common, lambda weight: importer.read(weight).to(dtype), advance
+            partial,
+            listed,
+            described.model.num_layers,
+            dtype,
+            common,
+            lambda weight: source.read(weight).to(dtype),
+            advance,
         )
         seal(partial, step=0)
-    files.close()
+    source.close()
     return Converted(
         path=options.output,
         checkpoint=folder,
@@ -94,90 +92,6 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
         files=1,
         notes=notes,
     )
-
-
-class _Importer:
-    """Checks the names and shapes of all tensors, then makes the Megatron tensor of a weight."""
-
-    def __init__(self, described: SourceModel, files: WeightFiles, listed: list[Weight], options: FromHf) -> None:
-        self._described, self._files = described, files
-        model, folder = described.model, files.folder
-        expected: dict[str, tuple[int, ...]] = {}
-        assert model.vocab_size is not None
-        for weight in listed:
-            expected.update(zip(weight.names, hf_shapes(weight, model, model.vocab_size), strict=True))
-        missing = [name for name in expected if name not in files.files]
-        if missing:
-            raise ConvertError(
-                f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}; its config.json "
-                "and its weights are not of one model, or a file was not downloaded"
-            )
-        self._transposed = self._find_transposed(listed, options.down_by_neuron)
-        for name, shape in expected.items():
-            found = files.shape(name)
-            if name in self._transposed:
-                found = found[::-1]
-            if found != shape:
-                raise ConvertError(
-                    f"{folder / files.files[name]}: {name} is {list(found)}, and config.json says "
-                    f"{list(shape)}; they are not of one model"
-                )
-        for name in files.files:
-            if name not in expected:
-                self._accept_extra(name)
-
-    def read(self, weight: Weight) -> Tensor:
-        """The Megatron tensor, in the type of the file."""
-        tensors = [self._files.read(name) for name in weight.names]
-        if weight.names[0] in self._transposed:
-            tensors = [tensor.t().contiguous() for tensor in tensors]
-        return join(weight, tensors, self._described.model)
-
-    def _find_transposed(self, listed: list[Weight], asked: bool | None) -> set[str]:
-        """Names of down_proj weights that are stored [neurons, hidden]."""
-        model = self._described.model
-        names = [weight.names[0] for weight in listed if weight.kind == "down"]
-        by_neuron = self._described.down_by_neuron if asked is None else asked
-        if by_neuron is None:
-            if model.hidden_size == model.ffn_hidden_size:
-                raise ConvertError(
-                    f"{self._files.folder}: down_proj is square and was trained with sparsity_use_hybrid_kernel, so "
-                    "nothing "
-                    "tells whether it is stored transposed; say --down-proj by-neuron or --down-proj standard"
-                )
-            by_neuron = self._files.shape(names[0]) == (model.ffn_hidden_size, model.hidden_size)
-        return set(names) if by_neuron else set()
-
-    def _accept_extra(self, name: str) -> None:
-        """A tensor that the model here does not have: fine only where it changes nothing."""
-        described, path = self._described, self._files.folder / self._files.files[name]
-        if _AUXILIARY.search(name):
-            return
-        if name == "lm_head.weight" and described.model.tie_embeddings:
-            if not torch.equal(self._files.read(name), self._files.read("model.embed_tokens.weight")):
-                raise ConvertError(
-                    f"{path}: lm_head.weight differs from the embedding, and config.json ties them; set "
-                    "tie_word_embeddings to false there if the model was trained so"
-                )
-            return
-        zero = (described.output_bias and name.endswith(".self_attn.o_proj.bias")) or (
-            described.mlp_bias and re.search(r"\.mlp\.(gate|up|down)_proj\.bias$", name)
-        )
-        if zero:
-            if bool(self._files.read(name).any()):
-                raise ConvertError(f"{path}: {name} is not zero; models with this bias are not supported")
-            return
-        raise ConvertError(
-            f"{path}: holds {name}, which a {described.architecture.class_name} of its config.json does not "
-            "have; it is another architecture, or an adapter that must be merged first"
-        )
-
-
-def _padded(described: SourceModel) -> int:
-    """Rows of the embedding as stored; loading at a larger tensor parallelism pads further."""
-    assert described.model.vocab_size is not None
-    multiple = described.model.make_vocab_size_divisible_by
-    return -(-described.model.vocab_size // multiple) * multiple
 
 
 def _count(weight: Weight) -> int:

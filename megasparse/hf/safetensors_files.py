@@ -152,15 +152,21 @@ class WeightFiles:
             return tuple(handle[name].shape)
         return tuple(handle.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        handle = self._file(self.files[name])
+        code = _CODES.get(handle[name].dtype, "") if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
+        for dtype, known in _CODES.items():
+            if code == known:
+                return dtype
+        found = code or handle[name].dtype
+        raise ConvertError(
+            f"{self.folder / self.files[name]}: {name} is of type {found}; give a model in float32, bfloat16 or "
+            "float16, not a quantised one"
+        )
+
     def read(self, name: str) -> Tensor:
         handle = self._file(self.files[name])
-        tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
-        if tensor.dtype not in _CODES:
-            raise ConvertError(
-                f"{self.folder / self.files[name]}: {name} is of type {tensor.dtype}; give a model in float32, "
-                "bfloat16 "
-                "or float16, not a quantised one"
-            )
+        tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return tensor
 
     def close(self) -> None:

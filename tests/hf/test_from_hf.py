@@ -113,6 +113,7 @@ def test_another_activation_becomes_relu_and_is_said(tmp_path: Path) -> None:
     assert np.abs(dense - relu).max() > 0.01
     comparison = run_distributed(1, "tests.hf.cases:verify", tmp_path / "checkpoint", tmp_path / "in")[0]
     assert comparison.passed
+    assert comparison.same_top == comparison.tokens
     assert comparison.logits < 1e-5
 
 
@@ -131,17 +132,33 @@ def test_configuration_to_build_on(tmp_path: Path) -> None:
     assert (cfg.model.vocab_size, cfg.max_position_embeddings, cfg.data.sequence_length) == (VOCABULARY, 256, 256)
 
 
-def publish(folder: Path, gated: bool, by_neuron: bool) -> Any:
-    """A model in the layout of the published sparse checkpoints. Returns what computes the same in transformers."""
+def publish(folder: Path, gated: bool, layout: str) -> Any:
+    """A model in the layout of the published sparse checkpoints. Returns what computes the same in transformers.
+
+    Args:
+        layout: "standard"; "by-neuron", as training with their hybrid kernels leaves down_proj; "inference" and
+            "packed", as their two inference paths name and store the weights.
+    """
     built = make_model("llama-tied" if gated else "arcee", folder)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
-            if by_neuron and name.endswith("down_proj.weight"):
+            prefix = name.rpartition(".mlp.")[0] + ".mlp."
+            if layout == "by-neuron" and name.endswith("down_proj.weight"):
                 tensors[name] = tensors[name].t()
+            if layout == "inference" and name.endswith("gate_proj.weight"):
+                tensors[prefix + "gate_weight"] = tensors.pop(name).t()
+            if layout == "inference" and name.endswith("up_proj.weight"):
+                tensors[prefix + "up_weight"] = tensors.pop(name) if gated else tensors.pop(name).t()
+            if layout == "inference" and name.endswith("down_proj.weight"):
+                tensors[prefix + "down_weight"] = tensors.pop(name).t()
+            if layout == "packed" and ".mlp." in name:
+                kind = name.removeprefix(prefix).removesuffix("_proj.weight").upper()
+                tensors[prefix + kind] = tensors.pop(name).t() if kind == "DOWN" else tensors.pop(name)
         for layer in range(4):
             tensors[f"tracker.last_activated.{layer}"] = torch.zeros(48, dtype=torch.int64)
             tensors[f"model.layers.{layer}.mlp.tracker.last_activated"] = torch.zeros(48, dtype=torch.int64)
+        tensors["metrics_accumulator.counts"] = torch.zeros(1)
 
     rewrite(
         folder,
@@ -154,15 +171,21 @@ def publish(folder: Path, gated: bool, by_neuron: bool) -> Any:
         sparsity_new_intermediate_size=48,
         sparsity_gated_mlp=gated,
         sparsity_l1_coeff=2e-5,
-        sparsity_use_hybrid_kernel=by_neuron,
+        sparsity_use_hybrid_kernel=layout == "by-neuron",
         sparsity_max_seq_length=2048,
     )
     return built
 
 
-@pytest.mark.parametrize(("gated", "by_neuron"), [(True, False), (True, True), (False, False)])
-def test_published_sparse_layout(gated: bool, by_neuron: bool, tmp_path: Path) -> None:
-    built = publish(tmp_path / "in", gated, by_neuron)
+@pytest.mark.parametrize(
+    ("gated", "layout"),
+    [
+        (True, "standard"), (True, "by-neuron"), (True, "inference"), (True, "packed"),
+        (False, "standard"), (False, "inference"), (False, "packed"),
+    ],
+)  # fmt: skip
+def test_published_sparse_layout(gated: bool, layout: str, tmp_path: Path) -> None:
+    built = publish(tmp_path / "in", gated, layout)
     result = convert_from_hf(FromHf(tmp_path / "in", tmp_path / "checkpoint"))
     assert [note for note in result.notes if "activation" in note] == []
     convert_to_hf(ToHf(tmp_path / "checkpoint", tmp_path / "out"))
@@ -170,11 +193,12 @@ def test_published_sparse_layout(gated: bool, by_neuron: bool, tmp_path: Path) -
     state = built.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in back.items())
     comparison = run_distributed(1, "tests.hf.cases:verify", tmp_path / "checkpoint", tmp_path / "in")[0]
+    assert comparison.different == []
     assert comparison.logits < 1e-5
 
 
 def test_a_square_transposed_down_proj_must_be_said(tmp_path: Path) -> None:
-    publish(tmp_path / "in", gated=True, by_neuron=False)
+    publish(tmp_path / "in", gated=True, layout="standard")
     generator = torch.Generator().manual_seed(1)
 
     def square(tensors: dict[str, torch.Tensor]) -> None:
@@ -209,7 +233,7 @@ def _put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]],
             "llama-tied",
             _pop("model.layers.3.mlp.up_proj.weight"),
             {},
-            "1 tensors are missing, the first is model.layers.3",
+            "a tensor is missing: model.layers.3",
         ),
         ("llama-tied", lambda tensors: None, {"num_hidden_layers": 5}, "missing, the first is model.layers.4"),
         ("llama-tied", lambda tensors: None, {"num_hidden_layers": 3}, "holds model.layers.3"),
@@ -222,7 +246,7 @@ def _put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]],
         ("llama-tied", _put("lm_head.weight", torch.zeros(60, 32)), {}, "differs from the embedding"),
         ("llama-tied", _put("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(2)), {}, "adapter"),
         ("arcee-bias", _put("model.layers.0.self_attn.o_proj.bias", torch.ones(32)), {}, "o_proj.bias is not zero"),
-        ("llama-untied-gqa-scaled", _pop("lm_head.weight"), {}, "the first is lm_head.weight"),
+        ("llama-untied-gqa-scaled", _pop("lm_head.weight"), {}, "is missing: lm_head.weight"),
     ],
 )
 def test_what_does_not_fit_is_named(

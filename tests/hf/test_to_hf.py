@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,13 @@ def test_command_verifies_and_says_so(saved: dict[str, tuple[Path, np.ndarray]],
     checkpoint, _ = saved["qwen2"]
     before = contents(checkpoint)
     done = megasparse(
-        "convert", "to-hf", checkpoint, tmp_path / "hf", "--verify", "--verify-tokens", 48, "--dtype", "bf16",
-        "--shard-size", "20KB",
+        "convert", "to-hf", checkpoint, tmp_path / "hf", "--verify", "--dtype", "bf16", "--shard-size", "20KB",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "verified: both compute the same" in done.stdout
     assert "block 3" in done.stdout
-    assert "same most likely token for 100.00%" in done.stdout
+    assert "All 51 tensors are equal bit by bit" in done.stdout
+    assert re.search(r"top-1\) for (41\d\d) of \1 tokens", done.stdout)
     assert "no tokenizer" in done.stdout
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     assert contents(checkpoint) == before
@@ -96,5 +97,6 @@ def test_verification_finds_a_wrong_export(saved: dict[str, tuple[Path, np.ndarr
     save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
     (failed,) = run_distributed(1, "tests.hf.cases:verify", checkpoint, tmp_path / "hf")
     assert not failed.passed
+    assert failed.different == [name]
     assert failed.embedding == 0.0
     assert max(failed.blocks[:2]) < 1e-5 < 1e-2 < failed.blocks[2]
