@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megasparse.config import ConfigError
+from megasparse.config.vocab import tokenizer_vocab_size
 from megasparse.hf.errors import ConvertError
 
 TOKENIZER_FILES = (
@@ -40,12 +42,13 @@ def write_tokenizer(source: str, vocab_size: int, output: Path) -> tuple[dict[st
 
     path = Path(source)
     folder = path if path.is_dir() else path.parent
+    whole = path.is_dir() or (path.is_file() and (folder / "tokenizer_config.json").is_file())
+    if whole:
+        copy_assets(folder, output)
     try:
-        if path.is_dir() or (path.is_file() and (folder / "tokenizer_config.json").is_file()):
-            copy_assets(folder, output)
-        elif path.is_file():
+        if path.is_file() and not whole:
             _from_json(path, output)
-        else:
+        elif not whole:
             AutoTokenizer.from_pretrained(source).save_pretrained(output)
         tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
         size = max(tokenizer.get_vocab().values()) + 1
@@ -53,8 +56,7 @@ def write_tokenizer(source: str, vocab_size: int, output: Path) -> tuple[dict[st
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConvertError(
             f"tokenizer {source}: does not load in transformers ({reason}); name another with --tokenizer PATH, or "
-            "leave "
-            "it out with --no-tokenizer"
+            "leave it out with --no-tokenizer"
         ) from None
     if size > vocab_size:
         raise ConvertError(
@@ -68,9 +70,22 @@ def write_tokenizer(source: str, vocab_size: int, output: Path) -> tuple[dict[st
     return ids, size
 
 
-def copy_assets(source: Path, output: Path) -> None:
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Raises ConvertError where a folder's tokenizer cannot be read or has more tokens than its model."""
+    advice = "give the tokenizer that belongs to the model, or leave it out with --no-tokenizer"
+    try:
+        size = tokenizer_vocab_size(str(folder))
+    except ConfigError as error:
+        raise ConvertError(f"{folder}: its tokenizer is {error.problems[0].rule}; {advice}") from None
+    if size > vocab_size:
+        raise ConvertError(
+            f"{folder}: its tokenizer has {size} tokens, and config.json says vocab_size {vocab_size}; {advice}"
+        )
+
+
+def copy_assets(source: Path, output: Path, tokenizer: bool = True) -> None:
     """Copy the tokenizer's files, chat templates and generation config of a folder, as far as they are there."""
-    for name in (*TOKENIZER_FILES, GENERATION):
+    for name in (*TOKENIZER_FILES, GENERATION) if tokenizer else (GENERATION,):
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
     if (source / "additional_chat_templates").is_dir():

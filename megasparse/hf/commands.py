@@ -45,7 +45,7 @@ def add_convert(commands: Any) -> None:
     tokenizer = out.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="PATH", help="tokenizer to put in (the run's data.tokenizer)")
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="put none in")
-    out.add_argument("--push", metavar="USER/NAME", help="then upload the folder to the Hugging Face hub")
+    out.add_argument("--push", metavar="USER/NAME", help="then upload it to the Hugging Face hub")
     out.add_argument("--private", action="store_true", help="with --push: create a private repository")
     out.set_defaults(run=_to_hf)
 
@@ -57,6 +57,7 @@ def add_convert(commands: Any) -> None:
     )
     back.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
     _add_common(back)
+    back.add_argument("--no-tokenizer", action="store_true", help="leave the model's tokenizer out")
     _add_down_proj(back)
     back.set_defaults(run=_from_hf)
 
@@ -115,16 +116,23 @@ def _to_hf(args: argparse.Namespace) -> int:
         no_tokenizer=args.no_tokenizer,
         overwrite=args.overwrite,
     )
+    repository = None
+    if args.push:
+        from megasparse.hf.push import prepare_push
+        from megasparse.hf.source import open_checkpoint
+
+        open_checkpoint(args.checkpoint)  # a mistake there must leave no empty repository
+        repository = prepare_push(args.push, args.private)
     with _interruptible("the same command goes on with what is missing"), _bar("exporting") as progress:
         result = convert_to_hf(options, progress)
     _print_result(result)
     print(f"In Python: AutoModelForCausalLM.from_pretrained({str(result.path)!r})")
     if args.verify and not _verify(result.checkpoint, result.path, result.dtype, args.verify_tokens):
         return 1
-    if args.push:
+    if repository is not None:
         from megasparse.hf.push import push
 
-        print(push(result.path, args.push, args.private))
+        print(push(result.path, repository))
     return 0
 
 
@@ -136,6 +144,7 @@ def _from_hf(args: argparse.Namespace) -> int:
         output=args.output,
         dtype=args.dtype,
         down_by_neuron=_down_by_neuron(args),
+        no_tokenizer=args.no_tokenizer,
         overwrite=args.overwrite,
     )
     with _interruptible("start the same command again"), _bar("importing") as progress:

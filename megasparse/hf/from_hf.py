@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from megasparse.config import Config, parse_config
-from megasparse.hf.assets import copy_assets, has_tokenizer
+from megasparse.hf.assets import check_tokenizer, copy_assets, has_tokenizer
 from megasparse.hf.config import SourceModel
 from megasparse.hf.errors import ConvertError
 from megasparse.hf.megatron_files import write_checkpoint
@@ -37,6 +37,7 @@ class FromHf:
     output: Path
     dtype: str = "auto"
     down_by_neuron: bool | None = None
+    no_tokenizer: bool = False
     overwrite: bool = False
 
 
@@ -54,7 +55,11 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
     described, listed = source.described, source.weights
     dtype = source.dtype if options.dtype == "auto" else DTYPES[options.dtype]
     total = sum(_count(weight) for weight in listed) * dtype.itemsize
-    notes = _notes(described, folder)
+    tokenizer = has_tokenizer(folder) and not options.no_tokenizer
+    if tokenizer:
+        assert described.model.vocab_size is not None
+        check_tokenizer(folder, described.model.vocab_size)
+    notes = _notes(described, tokenizer)
     done = 0
 
     def advance(count: int) -> None:
@@ -64,11 +69,14 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
 
     with output_folder(
         options.output, needed=total + ASSETS_BYTES, overwrite=options.overwrite, inputs=(folder,)
-    ) as partial:
+    ) as place:
+        partial = place.path
+        if place.note:
+            notes.append(place.note)
         (partial / ASSETS).mkdir()
-        copy_assets(folder, partial / ASSETS)
+        copy_assets(folder, partial / ASSETS, tokenizer)
         (partial / ASSETS / "config.json").write_bytes((folder / "config.json").read_bytes())
-        config = _config(described, options.output, dtype, has_tokenizer(partial / ASSETS))
+        config = _config(described, options.output, dtype, tokenizer)
         (partial / MODEL_YAML).write_text(_yaml(config, options.output))
         common = {"run": {"step": 0, "config": config.model_dump(mode="json")}}
         write_checkpoint(
@@ -101,16 +109,15 @@ def _count(weight: Weight) -> int:
     return count
 
 
-def _notes(described: SourceModel, folder: Path) -> list[str]:
+def _notes(described: SourceModel, tokenizer: bool) -> list[str]:
     notes = []
     if described.activation != "relu":
         notes.append(
             f"its activation is {described.activation}; here it is relu, so the model's outputs change: train it on, "
-            "with "
-            "the L1 term once the loss has settled (sparsity.l1.start_step)"
+            "with the L1 term once the loss has settled (sparsity.l1.start_step)"
         )
-    if not has_tokenizer(folder):
-        notes.append("no tokenizer came with the model: set data.tokenizer to that of your data")
+    if not tokenizer:
+        notes.append("no tokenizer: set data.tokenizer to that of your data")
     return notes
 
 

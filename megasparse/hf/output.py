@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,14 @@ _RESERVE = 64 * 2**20
 """Bytes left free on the disk."""
 
 
+@dataclass(frozen=True)
+class Output:
+    """The folder to write into. `note`: what was found there of an earlier call, or None."""
+
+    path: Path
+    note: str | None = None
+
+
 @contextmanager
 def output_folder(
     target: Path,
@@ -26,11 +37,12 @@ def output_folder(
     fingerprint: dict[str, Any] | None = None,
     inputs: tuple[Path, ...] = (),
     reusable: Callable[[Path], int] = lambda folder: 0,
-) -> Iterator[Path]:
+) -> Iterator[Output]:
     """A hidden folder beside `target`, which becomes `target` when the block ends well.
 
-    Where the block fails the folder is removed. Where it is interrupted (Ctrl-C, SIGTERM, a kill) and there is a
-    `fingerprint`, it stays, and a later call with the same fingerprint gets it back as it is.
+    Where the block fails the folder is removed. Where it is interrupted (Ctrl-C, SIGTERM) and there is a
+    `fingerprint`, it stays, as it always does after a kill; a later call with the same fingerprint gets it back as it
+    is, any other call replaces it.
 
     Args:
         needed: bytes that will be written.
@@ -40,61 +52,98 @@ def output_folder(
         reusable: bytes in a folder found again that need not be written again.
 
     Raises:
-        ConvertError: the target exists, is among the inputs, cannot be written, or does not fit on the disk.
+        ConvertError: the target exists, is among the inputs, is being written by another process, cannot be written,
+            or does not fit on the disk.
     """
     target = Path(os.path.abspath(target))
     for path in inputs:
         source = path.resolve()
         if source == target.resolve() or target.resolve() in source.parents:
             raise ConvertError(f"{target}: is the input or a folder around it; choose another output")
-    if target.exists() and not overwrite:
-        raise ConvertError(f"{target}: exists already; choose another output or give --overwrite")
-    if target.exists() and not target.is_dir():
-        raise ConvertError(f"{target}: is a file, not a folder; choose another output")
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists() and (fingerprint is None or _read(partial / _MARKER) != fingerprint):
-            shutil.rmtree(partial)
-        kept = reusable(partial) if partial.exists() else 0
+        if old.exists() and not target.exists():  # a kill between the two renames
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists() and not overwrite:
+            raise ConvertError(f"{target}: exists already; choose another output or give --overwrite")
+        if target.exists() and not target.is_dir():
+            raise ConvertError(f"{target}: is a file, not a folder; choose another output")
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = _lock(partial, target)
+        note = _take_over(partial, fingerprint)
+        needed -= reusable(partial)
         free = shutil.disk_usage(partial.parent).free
-        if needed - kept + _RESERVE > free:
-            raise ConvertError(
-                f"{target}: needs {_gib(needed - kept)} and {partial.parent} has {_gib(free)} free; make room or "
-                "choose "
-                "an output on another disk"
-            )
-        partial.mkdir(exist_ok=True)
-        if fingerprint is not None:
-            (partial / _MARKER).write_text(json.dumps(fingerprint))
     except OSError as error:
         raise ConvertError(f"{target}: cannot be written ({error.strerror or error}); choose another output") from None
+    if needed + _RESERVE > free:
+        with contextlib.suppress(OSError):  # where something is in it, it stays for the next call
+            partial.rmdir()
+        os.close(lock)
+        raise ConvertError(
+            f"{target}: needs {_gib(needed)} and {partial.parent} has {_gib(free)} free; make room or choose an output "
+            "on another disk"
+        )
     try:
-        yield partial
+        if fingerprint is not None:
+            (partial / _MARKER).write_text(json.dumps(fingerprint))
+        yield Output(partial, note)
         (partial / _MARKER).unlink(missing_ok=True)
-        _put_in_place(partial, target)
+        _put_in_place(partial, target, old)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            # Writing to an open file names no file: disk full, quota, I/O error.
-            raise ConvertError(
-                f"{target}: writing failed ({error.strerror}); make room or choose another output"
-            ) from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ConvertError(_explain(error, target, partial)) from None
         raise
     except BaseException:
         if fingerprint is None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def _lock(partial: Path, target: Path) -> int:
+    """Holds the folder for this process until the result is closed; the end of the process closes it too."""
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConvertError(f"{target}: another conversion is writing it now; wait for it or end it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise  # and a file system without locks does without
+    return handle
+
+
+def _take_over(partial: Path, fingerprint: dict[str, Any] | None) -> str | None:
+    """Empties the folder, unless it is of an earlier call like this one. Returns what to tell."""
+    left = list(partial.iterdir())
+    if not left:
+        return None
+    if fingerprint is not None and _read(partial / _MARKER) == fingerprint:
+        return f"went on with what an interrupted conversion had left in {partial}"
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return f"replaced {partial}, which an interrupted conversion had left"
+
+
+def _explain(error: OSError, target: Path, partial: Path) -> str:
+    reason, name = error.strerror or str(error), error.filename
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # copying names the file that is read
+    if full or name is None or partial in Path(str(name)).parents:
+        return f"{target}: writing failed ({reason}); make room or choose another output"
+    return f"{name}: {reason}; nothing was written"
+
+
+def _put_in_place(partial: Path, target: Path, old: Path) -> None:
     for path in (*partial.rglob("*"), partial):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
     if target.exists():
         target.rename(old)
     partial.rename(target)

@@ -96,7 +96,10 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
         fingerprint=_fingerprint(source, options, dtype, tokenizer),
         inputs=_inputs(source, tokenizer),
         reusable=reusable,
-    ) as folder:
+    ) as place:
+        folder = place.path
+        if place.note:
+            notes.append(place.note)
         ids: dict[str, Any] = {}
         if tokenizer is not None:
             ids, size = write_tokenizer(tokenizer, vocab_size, folder)

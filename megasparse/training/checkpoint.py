@@ -190,9 +190,12 @@ class Checkpointer:
         """Loads everything from a checkpoint into `state`. Returns the `extra` it was saved with."""
         _check_content(path)
         common = dist_checkpointing.load_common_state_dict(str(path))
-        check_same_model(self._cfg, common["run"]["config"], path, optimizer=True)
         if "layout" not in common["run"]:
-            raise CheckpointError(f"{path} holds weights alone, not a run: set checkpoint.load_scope: weights")
+            raise CheckpointError(
+                f"{path} holds weights alone (it was imported), and there is no optimizer or data position to go on "
+                f"from: set checkpoint.load: {path} and checkpoint.load_scope: weights"
+            )
+        check_same_model(self._cfg, common["run"]["config"], path, optimizer=True)
         same_layout = common["run"]["layout"] == layout(self._cfg)
         loaded = self._load(path, self._content(state, loading=True, per_rank=same_layout))
         self._set_model(state.model, loaded)

@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.hf.cases import VOCABULARY, config_of, contents, megasparse, write_plain
+from tests.hf.hub import Hub
 from tests.hf.test_from_hf import make_model
 from tests.training.cases import write_data
 
@@ -82,9 +83,39 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
     assert "some/model: neither a folder here nor a model that could be downloaded" in done.stderr
     assert not (tmp_path / "out").exists()
 
+
+def test_push_uploads_the_folder(tmp_path: Path) -> None:
     checkpoint = write_plain(tmp_path / "checkpoint", config_of("llama-tied"))
-    done = megasparse("convert", "to-hf", checkpoint, tmp_path / "out", "--push", "some/model", **nowhere)
+    with Hub() as hub:
+        settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
+        arguments = ("convert", "to-hf", checkpoint, tmp_path / "out", "--no-tokenizer", "--push", "some/model")
+        done = megasparse(*arguments, "--private", **settings)
+        assert done.returncode == 0, done.stderr
+        assert f"{hub.address}/some/model/commit/abc" in done.stdout
+        assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.created == [{"name": "model", "organization": "some", "visibility": "private"}]
+    with Hub(refuse_commit=True) as hub:
+        settings["HF_ENDPOINT"] = hub.address
+        done = megasparse(*arguments, "--overwrite", **settings)
     assert done.returncode == 2
-    assert "is complete, but the upload to some/model failed" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "out is complete, but the upload to some/model failed (403 Forbidden" in done.stderr
+    assert f"hf upload some/model {tmp_path}/out" in done.stderr
     assert (tmp_path / "out/config.json").exists()
+
+
+def test_push_fails_before_the_export(tmp_path: Path) -> None:
+    checkpoint = write_plain(tmp_path / "checkpoint", config_of("llama-tied"))
+    with Hub() as hub:
+        for source, name, token, expected in (
+            (checkpoint, "some/model", {}, "no token for the hub; run `hf auth login`, or set HF_TOKEN"),
+            (checkpoint, "some/model", {"HF_TOKEN": "hf_wrong"}, "401 Unauthorized"),
+            (checkpoint, "so me/model", {"HF_TOKEN": hub.token}, "write it as user/model"),
+            (tmp_path / "none", "some/model", {"HF_TOKEN": hub.token}, "none: not there; give a checkpoint"),
+        ):
+            settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), **token}
+            done = megasparse("convert", "to-hf", source, tmp_path / "out", "--push", name, **settings)
+            assert done.returncode == 2
+            assert expected in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1
+            assert not (tmp_path / "out").exists()
+        assert hub.created == []

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megasparse.config import ModelConfig, load_config
@@ -296,3 +298,87 @@ def test_a_full_disk_and_an_interruption_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out"), interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    make_model("llama-tied", tmp_path / "in")
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY + 1)}
+    Tokenizer(WordLevel(vocabulary, unk_token="w1")).save(str(tmp_path / "in/tokenizer.json"))
+    with pytest.raises(ConvertError, match=r"has 61 tokens, and config\.json says vocab_size 60; .* --no-tokenizer"):
+        convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out"))
+    (tmp_path / "in/tokenizer.json").write_text("{}")
+    with pytest.raises(ConvertError, match=r"in: its tokenizer is not .* readable tokenizer .* --no-tokenizer"):
+        convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out", no_tokenizer=True))
+    assert not (tmp_path / "out/hf/tokenizer.json").exists()
+    overrides = ["training.global_batch_size=1", "training.steps=1"]
+    assert load_config(tmp_path / "out/model.yaml", overrides).data.tokenizer is None
+
+
+def _truncate(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _foreign(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].write_text("<html>not found</html>")
+
+
+def _rewrite_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_truncate, r"model-00002-of-\d+\.safetensors: truncated or not a file of weights .* download it again"),
+        (_foreign, r"model-00002-of-\d+\.safetensors: truncated or not a file of weights .* download it again"),
+        (
+            lambda folder: next(folder.glob("model-00003*")).unlink(),
+            r"model-00003-of-\d+\.safetensors: missing; download",
+        ),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json: not there; give the folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: cannot be read .* download"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+            r"index\.json: not an index of weights",
+        ),
+        (_rewrite_config(model_type="gpt2"), "model_type 'gpt2' is not supported; supported are llama, "),
+        (_rewrite_config(vocab_size=61), r"embed_tokens\.weight is \[60, 32\], and config\.json says \[61, 32\]"),
+        (_rewrite_config(quantization_config={"bits": 4}), "the weights are quantised"),
+        (
+            _rewrite_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+            "rope_scaling of type 'yarn' is not supported",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_foreign_model_is_named(damage: Callable[[Path], None], expected: str, tmp_path: Path) -> None:
+    make_model("llama-tied", tmp_path / "in")
+    damage(tmp_path / "in")
+    before = contents(tmp_path / "in")
+    with pytest.raises(ConvertError, match=expected) as caught:
+        convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out"))
+    assert str(tmp_path / "in") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert contents(tmp_path / "in") == before
+
+
+def test_weights_of_several_types_lose_nothing(tmp_path: Path) -> None:
+    make_model("llama-tied", tmp_path / "in")
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            if "norm" in name:
+                tensors[name] = tensors[name].bfloat16()
+
+    rewrite(tmp_path / "in", mix)
+    assert convert_from_hf(FromHf(tmp_path / "in", tmp_path / "checkpoint")).dtype == torch.float32
+    convert_to_hf(ToHf(tmp_path / "checkpoint", tmp_path / "out"))
+    original, back = weights_of(tmp_path / "in"), weights_of(tmp_path / "out")
+    assert all(torch.equal(tensor.float(), back[name]) for name, tensor in original.items())

@@ -1,0 +1,69 @@
+"""A Hugging Face hub on this machine, as far as `huggingface_hub` asks for one to upload a small folder."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+
+
+class Hub:
+    """Serves while it is entered. `files`: what was committed. `refuse_commit`: answer uploads with an error."""
+
+    def __init__(self, refuse_commit: bool = False, token: str = "hf_right") -> None:
+        self.files: dict[str, bytes] = {}
+        self.created: list[dict[str, Any]] = []
+        self.refuse_commit, self.token = refuse_commit, token
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(404, {"error": f"GET {self.path}"})
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    self.answer(401, {"error": "Invalid username or password."})
+                elif self.path == "/api/repos/create":
+                    hub.created.append(json.loads(body))
+                    self.answer(200, {"url": f"{hub.address}/{hub.created[-1].get('organization', 'me')}/model"})
+                elif self.path.endswith("/preupload/main"):
+                    names = [item["path"] for item in json.loads(body)["files"]]
+                    files = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+                    self.answer(200, {"files": files})
+                elif self.path.endswith("/commit/main") and not hub.refuse_commit:
+                    for line in map(json.loads, body.splitlines()):
+                        if line["key"] == "file":
+                            hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    url = f"{hub.address}/some/model/commit/abc"
+                    self.answer(200, {"commitUrl": url, "commitOid": "abc", "success": True})
+                else:
+                    self.answer(403, {"error": "Forbidden here"})
+
+            def answer(self, status: int, content: dict[str, Any]) -> None:
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler

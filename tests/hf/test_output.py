@@ -1,0 +1,112 @@
+"""The output folder under kills and other processes: complete or not there, and what was left behind is dealt with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megasparse.hf.errors import ConvertError
+from megasparse.hf.from_hf import FromHf, convert_from_hf
+from megasparse.hf.output import output_folder
+from megasparse.hf.to_hf import ToHf, convert_to_hf
+from tests.hf.cases import config_of, contents, write_plain
+from tests.hf.test_from_hf import make_model
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megasparse.hf.from_hf import FromHf, convert_from_hf
+from megasparse.hf.to_hf import ToHf, convert_to_hf
+
+def progress(done, total):
+    if done > total * float(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+source, output = Path(sys.argv[2]), Path(sys.argv[3])
+if sys.argv[1] == "from-hf":
+    convert_from_hf(FromHf(source, output), progress)
+else:
+    convert_to_hf(ToHf(source, output, shard_bytes=20_000), progress)
+"""
+
+
+def run_until_killed(direction: str, source: Path, output: Path, share: float) -> None:
+    """A conversion that is killed when this share of it is done."""
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, direction, str(source), str(output), str(share)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_a_killed_import_starts_anew_and_says_so(tmp_path: Path) -> None:
+    make_model("llama-tied", tmp_path / "in")
+    convert_from_hf(FromHf(tmp_path / "in", tmp_path / "straight"))
+    before = contents(tmp_path / "in")
+    for share in (0.2, 0.8):
+        run_until_killed("from-hf", tmp_path / "in", tmp_path / "out", share)
+        assert not (tmp_path / "out").exists()
+        assert list((tmp_path / ".out.partial").iterdir())
+    result = convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out"))
+    assert result.notes[-1] == f"replaced {tmp_path}/.out.partial, which an interrupted conversion had left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "straight"]
+    assert contents(tmp_path / "in") == before
+    again, straight = contents(tmp_path / "out"), contents(tmp_path / "straight")
+    assert again.keys() == straight.keys()
+    assert again["__0_0.distcp"][0] == straight["__0_0.distcp"][0]
+
+
+def test_a_killed_export_goes_on_and_says_so(tmp_path: Path) -> None:
+    checkpoint = write_plain(tmp_path / "checkpoint", config_of("llama-tied"))
+    run_until_killed("to-hf", checkpoint, tmp_path / "out", 0.6)
+    kept = {path.name: path.stat().st_ino for path in (tmp_path / ".out.partial").glob("model-*.safetensors")}
+    assert kept
+    result = convert_to_hf(ToHf(checkpoint, tmp_path / "out", shard_bytes=20_000))
+    assert result.notes[-1] == f"went on with what an interrupted conversion had left in {tmp_path}/.out.partial"
+    assert kept.items() <= {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}.items()
+    convert_to_hf(ToHf(checkpoint, tmp_path / "straight", shard_bytes=20_000))
+    again, straight = contents(tmp_path / "out"), contents(tmp_path / "straight")
+    assert {name: data for name, (data, _) in again.items()} == {name: data for name, (data, _) in straight.items()}
+
+
+def test_two_conversions_do_not_share_an_output(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "out", 0, overwrite=False) as place:
+        (place.path / "mine").write_text("first")
+        second = output_folder(tmp_path / "out", 0, overwrite=False)
+        with pytest.raises(ConvertError, match="another conversion is writing it now"), second:
+            pass
+    assert (tmp_path / "out/mine").read_text() == "first"
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("old")
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> None:
+        if path.name == ".out.partial":
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "out", 0, overwrite=True):
+        pass
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConvertError, match="exists already"), output_folder(tmp_path / "out", 0, overwrite=False):
+        pass
+    assert (tmp_path / "out/mine").read_text() == "old"
+    with output_folder(tmp_path / "out", 0, overwrite=True) as place:
+        (place.path / "mine").write_text("new")
+    assert (tmp_path / "out/mine").read_text() == "new"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_unreadable_input_is_named(tmp_path: Path) -> None:
+    place = output_folder(tmp_path / "out", 0, overwrite=False)
+    with pytest.raises(ConvertError, match="theirs: Permission denied; nothing was written"), place:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "theirs"))
+    assert os.listdir(tmp_path) == []
