@@ -147,9 +147,17 @@ def _add_pretrain(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = commands.add_parser("evaluate", help="validation loss, perplexity and per-layer L0 of a checkpoint")
+    parser = commands.add_parser(
+        "evaluate",
+        help="validation loss, perplexity and per-layer L0 of a checkpoint",
+        description="On the validation data of the checkpoint's own run, or on data.valid=PREFIX. A Hugging Face "
+        "folder knows no data: give it data.valid=PREFIX (training.eval_steps=50 batches of "
+        "training.global_batch_size=8 samples of data.sequence_length=2048 tokens).",
+    )
     parser.add_argument(
-        "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its newest checkpoint) or a checkpoint"
+        "checkpoint",
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run's folder (its newest checkpoint), a checkpoint, or a Hugging Face folder",
     )
     _add_overrides(parser)
     parser.set_defaults(run=_evaluate)
@@ -256,9 +264,14 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     _quiet_megatron()
-    from megasparse.training.evaluate import evaluate
+    if (Path(args.checkpoint) / "config.json").is_file():
+        from megasparse.training.evaluate_hf import evaluate_folder
 
-    evaluate(args.checkpoint, args.overrides)
+        evaluate_folder(Path(args.checkpoint), args.overrides)
+    else:
+        from megasparse.training.evaluate import evaluate
+
+        evaluate(args.checkpoint, args.overrides)
     return 0
 
 

@@ -128,6 +128,8 @@ def build_model(cfg: Config, mlp: ModuleSpec | None = None) -> list[GPTModel]:
         if cfg.model.rope_scaling is not None:
             _scale_rotary(chunk, cfg.model.rope_scaling)
         relay_padding_mask(chunk)
+        if chunk.post_process and cfg.padded_vocab_size() > cfg.vocab_size:
+            _exclude_padding(chunk, cfg.vocab_size)
         chunks.append(chunk)
     initialize(
         chunks,
@@ -140,6 +142,22 @@ def build_model(cfg: Config, mlp: ModuleSpec | None = None) -> list[GPTModel]:
         size=parallel_state.get_tensor_model_parallel_world_size(),
     )
     return chunks
+
+
+def _exclude_padding(chunk: GPTModel, vocab_size: int) -> None:
+    """Gives rows that only pad the vocabulary the probability zero.
+
+    Otherwise the loss would depend on how many there are (on tensor parallelism, that is), and would not be that of
+    the model in other formats, where they are cut off.
+    """
+
+    def mask(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
+        logits = output[0]  # [s, b, this rank's rows], or all rows where they are gathered
+        gathered = logits.shape[-1] == chunk.vocab_size
+        first = 0 if gathered else parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        logits[..., max(0, vocab_size - first) :] = -torch.inf
+
+    chunk.output_layer.register_forward_hook(mask)
 
 
 def _scale_rotary(chunk: GPTModel, scaling: RopeScaling) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.config import Config, parse_config
+from megasparse.config import Config, check_files, parse_config
 from megasparse.megatron import LayerStats, build_model, iter_sparse_mlps
 from megasparse.training import checkpoint_files
 from megasparse.training.callbacks import Metrics
@@ -86,7 +86,9 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
         ConfigError: the overrides do not fit.
     """
     path = checkpoint_files.resolve(Path(run))
-    cfg = parse_config(config_of(path), overrides, source=str(path))
+    # What the run itself started from is not needed any more.
+    cfg = parse_config(config_of(path), ["checkpoint.load=null", *with_training_data(overrides)], source=str(path))
+    check_files(cfg)
     launch = read_environment()
     cfg.validate(launch.world_size)
     device = initialize(cfg, launch)
@@ -101,10 +103,23 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
         for chunk in model:
             chunk.to(device)
         metrics = run_validation(cfg, model, list(iter_sparse_mlps(model)), datasets.valid, device)
-        if dist.get_rank() == 0:
-            print(f"{path} (step {step}), {validation_samples(cfg)} samples of {cfg.data.sequence_length} tokens")
-            for name, value in metrics.items():
-                print(f"  {name:24} {value:.6g}")
+        print_metrics(f"{path} (step {step})", cfg, metrics)
     finally:
         shut_down()
     return metrics
+
+
+def with_training_data(overrides: Sequence[str]) -> list[str]:
+    """Lets `data.valid=PREFIX` alone stand for all the data of a validation, whatever a run was trained on."""
+    valid = [text for text in overrides if text.startswith("data.valid=")]
+    if not valid or any(text.startswith(("data.blend=", "data.train=")) for text in overrides):
+        return list(overrides)
+    return ["data.blend=null", "data.test=null", "data.train=" + valid[-1].removeprefix("data.valid="), *overrides]
+
+
+def print_metrics(title: str, cfg: Config, metrics: Metrics) -> None:
+    """On rank 0."""
+    if dist.get_rank() == 0:
+        print(f"{title}, {validation_samples(cfg)} samples of {cfg.data.sequence_length} tokens")
+        for name, value in metrics.items():
+            print(f"  {name:24} {value:.6g}")

@@ -306,11 +306,12 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     Tokenizer(WordLevel(vocabulary, unk_token="w1")).save(str(tmp_path / "in/tokenizer.json"))
     with pytest.raises(ConvertError, match=r"has 61 tokens, and config\.json says vocab_size 60; .* --no-tokenizer"):
         convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out"))
-    (tmp_path / "in/tokenizer.json").write_text("{}")
-    with pytest.raises(ConvertError, match=r"in: its tokenizer is not .* readable tokenizer .* --no-tokenizer"):
-        convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out"))
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out", no_tokenizer=True))
+    (tmp_path / "in").rename(tmp_path / "damaged")
+    (tmp_path / "damaged/tokenizer.json").write_text("{}")
+    with pytest.raises(ConvertError, match=r"damaged: its tokenizer is not a readable tokenizer .* --no-tokenizer"):
+        convert_from_hf(FromHf(tmp_path / "damaged", tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+    convert_from_hf(FromHf(tmp_path / "damaged", tmp_path / "out", no_tokenizer=True))
     assert not (tmp_path / "out/hf/tokenizer.json").exists()
     overrides = ["training.global_batch_size=1", "training.steps=1"]
     assert load_config(tmp_path / "out/model.yaml", overrides).data.tokenizer is None
