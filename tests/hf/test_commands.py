@@ -46,6 +46,11 @@ def test_import_train_export(tmp_path: Path) -> None:
         "optimizer: {lr: 1e-3, weight_decay: 0.0}\n"
         "logging: {report: false}\n"
     )
+    done = megasparse("pretrain", config, "checkpoint.load_scope=full")
+    assert done.returncode != 0
+    assert f"set checkpoint.load: {tmp_path}/imported and checkpoint.load_scope: weights" in done.stderr
+    assert "Traceback" not in done.stderr
+
     done = megasparse("pretrain", config)
     assert done.returncode == 0, done.stdout + done.stderr
 
