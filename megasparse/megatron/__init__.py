@@ -9,7 +9,7 @@ enable_cpu_runtime()
 
 from megasparse.megatron.model import build_model, transformer_config  # noqa: E402
 from megasparse.megatron.sparse_mlp import SparseMLP, iter_sparse_mlps  # noqa: E402
-from megasparse.megatron.spec import hybrid_mlp_layer_spec, layer_spec, sparse_mlp_spec  # noqa: E402
+from megasparse.megatron.spec import hybrid_mlp_layer_spec, layer_spec, megatron_layer_spec, sparse_mlp_spec  # noqa: E402
 from megasparse.megatron.stats import LayerStats  # noqa: E402
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "hybrid_mlp_layer_spec",
     "iter_sparse_mlps",
     "layer_spec",
+    "megatron_layer_spec",
     "sparse_mlp_spec",
     "transformer_config",
 ]

@@ -98,7 +98,7 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def build_model(cfg: Config, mlp: ModuleSpec | None = None) -> list[GPTModel]:
+def build_model(cfg: Config, layer: ModuleSpec | None = None) -> list[GPTModel]:
     """This rank's chunks of the model, with their first weights, before data-parallel wrapping.
 
     Megatron's process groups (`parallel_state.initialize_model_parallel`) and random states
@@ -106,10 +106,11 @@ def build_model(cfg: Config, mlp: ModuleSpec | None = None) -> list[GPTModel]:
     depend on `training.seed` alone, not on the layout.
 
     Args:
-        mlp: spec of another MLP than the sparse one, such as Megatron's dense one.
+        layer: another transformer layer than `layer_spec` with the sparse MLP, such as `megatron_layer_spec`.
     """
     config = transformer_config(cfg)
-    layer = layer_spec(cfg.model.implementation, qk_norm=cfg.model.qk_norm, path=cfg.sparsity.path, mlp=mlp)
+    if layer is None:
+        layer = layer_spec(cfg.model.implementation, qk_norm=cfg.model.qk_norm, path=cfg.sparsity.path)
     virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in [None] if virtual is None else range(virtual):

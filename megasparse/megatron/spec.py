@@ -133,6 +133,21 @@ def layer_spec(
     )
 
 
+def megatron_layer_spec(
+    implementation: Implementation = "auto", *, qk_norm: bool = False, normalization: str = "RMSNorm"
+) -> ModuleSpec:
+    """Megatron-Core's own GPT layer with its dense MLP, unchanged: what this package is measured against.
+
+    With Transformer Engine the norms are fused into the projections after them; a state dict so names them
+    `linear_qkv.layer_norm_weight` and `linear_fc1.layer_norm_weight`.
+    """
+    from megatron.core.models.gpt import gpt_layer_specs as specs
+
+    if resolve_implementation(implementation) == "te":
+        return specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    return specs.get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization=normalization)
+
+
 def block_spec(
     config: TransformerConfig,
     layer: ModuleSpec,

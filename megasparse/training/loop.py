@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megasparse.config import Config, ConfigError, Problem, dump_config
 from megasparse.megatron import build_model, iter_sparse_mlps
@@ -67,15 +68,8 @@ def train(run: Run) -> StopReason:
     run.callbacks.on_start(state)
     while state.step < cfg.training.steps and reason == StopReason.NONE:
         run.callbacks.on_step_start(state)
-        started = time.perf_counter()
-        rate = prepare_step(run, state.step + 1)
-        batches = run.loader.next_step()
-        result = train_step(
-            cfg, state.model, state.optimizer, batches, run.stop.local_reason(), after_backward=run.counter.end
-        )
-        reinitialised = finish_step(run, result)
-        seconds = time.perf_counter() - started
-        run.callbacks.on_step_end(state, step_metrics(run, result, rate, seconds, reinitialised))
+        result, metrics = run_step(run)
+        run.callbacks.on_step_end(state, metrics)
         reason = result.stop
         last = state.step == cfg.training.steps
         if is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE:
@@ -89,6 +83,20 @@ def train(run: Run) -> StopReason:
         state.exit_reason = f"{reason.name} after step {state.step}"
     run.callbacks.on_end(state)
     return reason
+
+
+def run_step(run: Run) -> tuple[StepResult, Metrics]:
+    """One whole step, from its data to what follows the update; its result and what observers are told of it."""
+    started = time.perf_counter()
+    rate = prepare_step(run, run.state.step + 1)
+    batches = run.loader.next_step()
+    state = run.state
+    result = train_step(
+        run.cfg, state.model, state.optimizer, batches, run.stop.local_reason(), after_backward=run.counter.end
+    )
+    reinitialised = finish_step(run, result)
+    seconds = time.perf_counter() - started
+    return result, step_metrics(run, result, rate, seconds, reinitialised)
 
 
 def is_due(interval: int, step: int, end: bool) -> bool:
@@ -239,16 +247,21 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
 
 
 def start(
-    cfg: Config, launch: Launch, device: torch.device, stop: StopWatcher, callbacks: Sequence[Observer] | None
+    cfg: Config,
+    launch: Launch,
+    device: torch.device,
+    stop: StopWatcher,
+    callbacks: Sequence[Observer] | None,
+    layer: ModuleSpec | None = None,
 ) -> Run:
-    """Builds everything and brings it to where the run left off."""
+    """Builds everything and brings it to where the run left off. `layer`: see `build_model`."""
     first = launch.rank == 0
     if first:
         cfg.run_directory.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):
             (cfg.run_directory / "config.yaml").write_text(dump_config(cfg))
     datasets = build_datasets(cfg, launch.local_rank)
-    model = wrap_in_ddp(cfg, build_model(cfg))
+    model = wrap_in_ddp(cfg, build_model(cfg, layer))
     optimizer = build_optimizer(cfg, model)
     connect_schedule(cfg, model)
     mlps = list(iter_sparse_mlps(model))

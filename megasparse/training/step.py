@@ -17,8 +17,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.profiler import record_function
 
 from megasparse.config import Config
+from megasparse.monitoring.breakdown import GRADIENTS, OPTIMIZER
 from megasparse.training.data import MicroBatch
 from megasparse.training.optimizer import step_optimizer
 from megasparse.training.signals import StopReason
@@ -139,13 +141,15 @@ def train_step(
         stop: why this rank wants to stop.
         after_backward: called between the backward pass and the update.
     """
-    for chunk in model:
-        chunk.zero_grad_buffer()  # type: ignore[operator]
-    optimizer.zero_grad()
+    with record_function(GRADIENTS):
+        for chunk in model:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        optimizer.zero_grad()
     reports = run_schedule(cfg, model, batches, forward_only=False)
     if after_backward is not None:
         after_backward()
     total, tokens, bad, reason = reduce_losses(reports, batches[0].tokens.device, stop)
     loss = total / tokens if tokens else 0.0
-    updated, norm = step_optimizer(optimizer, math.isfinite(loss))
+    with record_function(OPTIMIZER):
+        updated, norm = step_optimizer(optimizer, math.isfinite(loss))
     return StepResult(loss, tokens, norm, updated, bad, reason)

@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megasparse.config import Config, parse_config
-from megasparse.megatron import build_model, iter_sparse_mlps
+from megasparse.megatron import build_model, iter_sparse_mlps, layer_spec
 from megasparse.megatron.init import fill_normal, global_name
 from megasparse.megatron.torch_adam import prepare_torch_adam
 
@@ -111,7 +111,7 @@ class Model:
     ) -> None:
         self.cfg = cfg
         self.pass_mask = pass_mask
-        self.chunks = build_model(cfg, mlp=dense_mlp() if dense else None)
+        self.chunks = build_model(cfg, layer=layer_spec("local", mlp=dense_mlp()) if dense else None)
         self.config = self.chunks[0].config
         self.config.calculate_per_token_loss = per_token
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -331,7 +331,7 @@ def oracle(config: dict[str, Any], coeff: list[float], masked: bool) -> Any:
     """
     cfg = make_config(**config)
     start(cfg)
-    (chunk,) = build_model(cfg, mlp=dense_mlp())
+    (chunk,) = build_model(cfg, layer=layer_spec("local", mlp=dense_mlp()))
     whole = batch(cfg, 0, masked)
     counted = whole["loss_mask"].bool().t()
     layers: list[dict[str, Any]] = []

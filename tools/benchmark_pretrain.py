@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Whole training steps of one config, dense and sparse, in one process: speed, memory, energy, where the time goes.
+
+    tools/benchmark_pretrain.py CONFIG [a.b=c ...] --load RUN                 at the sparsity of a checkpoint
+    tools/benchmark_pretrain.py CONFIG [a.b=c ...] --train-minutes 5          after training the config on its data
+    tools/benchmark_pretrain.py CONFIG ... --train-minutes 4 --train-layers 8 after training it with 8 layers, grown
+
+`dense` and `sparse` are one model with one optimizer: its MLPs are switched between the dense path and the paths that
+their routers chose. `--baseline megatron` adds Megatron-Core's own GPT layer with its dense MLP, the same weights and
+the same function, as a second model, and the same with SwiGLU in place of the gated ReLU. Windows of `--steps` steps
+(data loading, forward, backward, optimizer: the loop of `megasparse pretrain`) alternate, `--rounds` times, so that all
+see the same state of the card. All read the same samples from the first on, and the learning rate is so small that the
+weights, and with them the sparsity, stay.
+
+`--train-layers` trains a model with fewer layers, then repeats each of its layers in place (megatron/transfer.py)
+and trains the whole for `--settle-minutes`. What sparsity that led to is measured in the model that is timed, and
+printed for every layer.
+
+Writes results.json (after every stage), results.png and tables.txt to `--out`; prints the tables.
+"""
+
+import argparse
+import ast
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pretrain_tables
+import torch
+import torch.distributed as dist
+from pretrain_prepare import Bench, changed, clean, close, mean, measured_sparsity, places, sparse_run
+from pretrain_variants import Variant, note_breakdown, note_memory, note_speed, resident, use, window
+
+from megasparse.config import ConfigError, load_config
+from megasparse.megatron import megatron_layer_spec
+from megasparse.megatron.transfer import set_weights, weights_of
+from megasparse.monitoring.energy import EnergyMeter
+from megasparse.monitoring.sparsity import LayerSparsity
+from megasparse.training.distributed import shut_down
+from megasparse.training.loop import Run, run_step, save
+
+NEVER = 10**9
+STILL = [
+    "optimizer.lr=1e-12", "optimizer.min_lr=0", "optimizer.schedule.kind=constant", "optimizer.schedule.warmup_steps=0",
+    f"sparsity.route_interval={NEVER}", "sparsity.reinit.every=0",
+]  # fmt: skip
+"""While measuring, neither weights nor paths change."""
+
+
+SLACK = 4 << 30
+"""Bytes of a GPU left for the CUDA context, libraries, and what the allocator cannot use, beside two models."""
+
+
+def measure(bench: Bench) -> None:
+    arguments, record = bench.arguments, bench.record
+    run = sparse_run(bench)
+    if arguments.save:
+        save(run)
+        run.checkpointer.close()
+    run.loader.close()
+    still = changed(bench.cfg, STILL)
+    routing = changed(still, ["sparsity.route_interval=1"])
+    use(run, routing, bench.loader(routing, run))
+    for _ in range(2):
+        run_step(run)
+    _, layers = measured_sparsity(run)
+    paths = [mlp.router.path for mlp in run.state.mlps]
+    record["layers"] = [layer._asdict() for layer in layers]
+    run.loader.close()
+    l0 = mean(layer.l0 for layer in layers)
+    bench.say(f"sparsity measured: mean L0 {l0:.1f}, {paths.count('sparse')} of {len(paths)} layers sparse")
+
+    variants = [
+        Variant("dense", run, still, bench.loader(still, run), ["dense"] * len(paths)),
+        Variant("sparse", run, still, bench.loader(still, run), paths),
+    ]
+    for text in arguments.attempts:
+        key, _, value = text.partition("=")
+        variants.append(Variant(f"sparse, {text}", run, still, bench.loader(still, run), paths, {key: literal(value)}))
+    for variant in variants:
+        variant.prepare()
+        variant.step()
+        note_memory(bench, variant, [run], l0)
+    bench.write()
+    larger(bench, variants[1], layers, l0)
+    if not arguments.baseline:
+        compare(bench, variants, layers)
+        return
+    together = room_for_another(record, run)
+    if not together:
+        bench.say("two models do not fit: the baseline is measured after the others, not in turns with them")
+        compare(bench, variants, layers)
+    weights = weights_of(synced(run.state.model))
+    if not together:
+        close(run)
+        variants.clear()
+        del run
+        clean()
+    other = baseline(bench, weights)
+    variants.append(Variant(arguments.baseline, other, still, bench.loader(still, other), []))
+    if bench.cfg.model.gated:
+        # What most dense models are: its activation is fused, Megatron's ReLU is not.
+        fused = torch.cuda.is_available()
+        swiglu = {"activation_func": torch.nn.functional.silu, "bias_activation_fusion": fused}
+        name = f"{arguments.baseline}, SwiGLU"
+        variants.append(Variant(name, other, still, bench.loader(still, other), [], swiglu))
+    for variant in variants:
+        if variant.run is other:
+            variant.prepare()
+            variant.step()
+            note_memory(bench, variant, [each.run for each in variants], l0)
+    compare(bench, variants, layers)
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or the text itself where it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def room_for_another(record: dict[str, Any], run: Run) -> bool:
+    """Whether a second model and optimizer fit beside the first and its activations. The same on every rank."""
+    if not torch.cuda.is_available():
+        return True
+    peak = max(row["memory"]["measured"]["peak"] for row in record["variants"].values() if "memory" in row)
+    held = torch.tensor(
+        sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in resident(run)}.values())
+    )
+    need = peak + 1.02 * float(held) + SLACK
+    fits = torch.tensor(int(need < torch.cuda.mem_get_info()[1]), device="cuda")
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits.item())
+
+
+def compare(bench: Bench, variants: list[Variant], layers: list[LayerSparsity]) -> None:
+    """Windows in turns, then a profile of each; ends the loaders."""
+    energy = EnergyMeter()
+    for turn in range(bench.arguments.rounds):
+        for variant in variants if turn % 2 == 0 else reversed(variants):
+            window(variant, bench.arguments.steps, energy)
+            note_speed(bench, variant, layers)
+        bench.say(", ".join(f"{v.name} {v.windows[-1]['tokens_per_second']:,.0f}" for v in variants) + " tokens/s")
+        bench.write()
+    for variant in variants:
+        note_breakdown(bench, variant)
+        bench.write()
+    for variant in variants:
+        variant.loader.close()
+
+
+def larger(bench: Bench, sparse: Variant, layers: list[LayerSparsity], l0: float) -> None:
+    """The sparse path with a larger micro-batch: does it fit where the dense one has its own?"""
+    size = math.ceil(bench.cfg.training.micro_batch_size * bench.arguments.larger)
+    if size <= bench.cfg.training.micro_batch_size:
+        return
+    count = bench.cfg.num_microbatches(dist.get_world_size())
+    ranks = bench.cfg.parallel.data_parallel_size(dist.get_world_size())
+    cfg = changed(
+        sparse.cfg, [f"training.micro_batch_size={size}", f"training.global_batch_size={size * count * ranks}"]
+    )
+    variant = Variant(f"sparse, micro-batch {size}", sparse.run, cfg, bench.loader(cfg, sparse.run), sparse.paths)
+    try:
+        variant.prepare()
+        variant.step()
+        note_memory(bench, variant, [variant.run], l0)
+        for _ in range(2):
+            window(variant, bench.arguments.steps, EnergyMeter())
+        note_speed(bench, variant, layers)
+    except torch.OutOfMemoryError as error:
+        bench.record["variants"].pop(variant.name, None)
+        bench.say(f"micro-batch {size} does not fit: {str(error).splitlines()[0]}")
+    variant.loader.close()
+    bench.write()
+
+
+def synced(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The chunks, after every parameter whose all-gather waits for the next forward has been gathered."""
+    for chunk in chunks:
+        if getattr(chunk, "remove_forward_pre_hook_handles", None):
+            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]
+    return chunks
+
+
+def baseline(bench: Bench, weights: list[dict[str, torch.Tensor]]) -> Run:
+    """Megatron-Core's own layers with these weights."""
+    model = bench.cfg.model
+    normalization = "RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm"
+    layer = megatron_layer_spec(model.implementation, qk_norm=model.qk_norm, normalization=normalization)
+    folder = bench.arguments.out / "baseline"
+    other = bench.build(changed(bench.cfg, ["sparsity.l1.mode=off", *places(folder)]), layer)
+    other.loader.close()
+    set_weights(other.state.model, weights)
+    other.state.optimizer.reload_model_params()
+    clean()
+    bench.say("Megatron's own layers built, with the same weights")
+    return other
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--load", metavar="RUN", help="weights to start from: a run, or one of its checkpoints")
+    parser.add_argument("--train-minutes", type=float, default=0.0)
+    parser.add_argument("--train-layers", type=int, help="train this many layers, then grow the model to all of them")
+    parser.add_argument("--train-batch", type=int, help="global batch size while training (default: the config's)")
+    parser.add_argument("--settle-minutes", type=float, default=0.5, help="training after growing")
+    parser.add_argument("--save", action="store_true", help="save a checkpoint of what was trained, for --load")
+    parser.add_argument("--baseline", choices=["megatron"])
+    parser.add_argument(
+        "--try", dest="attempts", action="append", default=[], metavar="KEY=VALUE",
+        help="one more variant: sparse, with this attribute of Megatron's TransformerConfig and of its modules",
+    )  # fmt: skip
+    parser.add_argument("--larger", type=float, default=1.5, help="larger micro-batch of the sparse path; 1: none")
+    parser.add_argument("--rounds", type=int, default=5, help="windows of each variant")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a window")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_pretrain"))
+    arguments = parser.parse_intermixed_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    own = [
+        f"run.directory={arguments.out / 'run'}", "checkpoint.resume=never", "training.eval_steps=0",
+        "logging.wandb.mode=disabled", "checkpoint.async_save=false",
+    ]  # fmt: skip
+    try:
+        cfg = load_config(arguments.config, [*arguments.overrides, *own])
+        bench = Bench(cfg, arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    measure(bench)
+    if bench.launch.rank == 0:
+        pretrain_tables.write(bench.record, arguments.out)
+    shut_down()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

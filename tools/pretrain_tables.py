@@ -1,0 +1,201 @@
+"""Tables and a plot of what tools/benchmark_pretrain.py found.
+
+tools/pretrain_tables.py runs/benchmark_pretrain/results.json           print and draw them again
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+GIB = 1 << 30
+MEMORY = ("weights", "gradients", "optimizer", "activations", "temporaries", "other")
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """Prints the tables; writes them to tables.txt and the plot to results.png."""
+    tables = [
+        header(record),
+        layers(record),
+        speed(record),
+        *([memory(record)] if any("memory" in row for row in record["variants"].values()) else []),
+        *([breakdown(record)] if any("breakdown" in row for row in record["variants"].values()) else []),
+    ]
+    with (folder / "tables.txt").open("w") as file:
+        for console in (Console(file=file, width=170), Console(width=170)):
+            for table in tables:
+                console.print(table)
+    try:
+        plot(record, folder / "results.png")
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+
+
+def header(record: dict[str, Any]) -> str:
+    environment, model = record["environment"], record["config"]["model"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    lines = [
+        f"{environment.get('gpu', 'CPU')} x {environment['world_size']}; {versions}",
+        f"{model['num_layers']} layers, hidden {model['hidden_size']}, FFN {model['ffn_hidden_size']}, sequence "
+        f"{record['config']['data']['sequence_length']}; {environment['command']}",
+        "sparsity of: " + "; then ".join(
+            stage["what"]
+            + (f" ({stage['steps']} steps, {stage['tokens'] / 1e6:.1f} M tokens)" if "steps" in stage else "")
+            for stage in record["sparsity_from"] or [{"what": "the first weights"}]
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def new_table(title: str, first: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def layers(record: dict[str, Any]) -> Table:
+    rows = record["layers"]
+    table = new_table("layers", "layer", ["L0", "union / width", "dead", "path"])
+    for index, row in enumerate(rows):
+        table.add_row(
+            str(index), f"{row['l0']:.1f}", f"{row['union_fraction']:.3f}", f"{row['dead_fraction']:.1%}", row["path"]
+        )
+    means = [sum(row[key] for row in rows) / len(rows) for key in ("l0", "union_fraction", "dead_fraction")]
+    sparse = sum(row["path"] == "sparse" for row in rows)
+    table.add_row("mean", f"{means[0]:.1f}", f"{means[1]:.3f}", f"{means[2]:.1%}", f"{sparse} sparse", style="bold")
+    return table
+
+
+def speed(record: dict[str, Any]) -> Table:
+    columns = ["micro x global batch", "tokens/s/GPU", "lowest, highest", "of dense", "TFLOP/s", "executed", "MFU"]
+    table = new_table("speed, whole steps", "", [*columns, "mJ/token", "of dense", "first loss"])
+    base = record["variants"].get("dense", {})
+    for name, row in record["variants"].items():
+        if "tokens_per_second" not in row:
+            continue
+        world, metrics = record["environment"]["world_size"], row["metrics"]
+        rates = row["tokens_per_second"]
+        energy, reference = row.get("joules_per_token"), base.get("joules_per_token")
+        mfu = metrics.get("throughput/mfu")
+        table.add_row(
+            name,
+            f"{row['micro_batch_size']} x {row['global_batch_size']}",
+            f"{rates['median'] / world:,.0f}",
+            f"{rates['min'] / world:,.0f}, {rates['max'] / world:,.0f}",
+            f"{rates['median'] / base['tokens_per_second']['median']:.3f}x" if "tokens_per_second" in base else "",
+            f"{metrics['throughput/tflops_per_gpu']:.1f}",
+            f"{metrics['perf/executed_tflops_per_gpu']:.1f}",
+            f"{mfu:.1%}" if mfu is not None else "",
+            f"{1000 * energy['median']:.2f}" if energy else "",
+            f"{energy['median'] / reference['median']:.3f}x" if energy and reference else "",
+            f"{row['windows'][0]['loss']:.5f}",
+        )
+    table.caption = (
+        f"medians of {len(base.get('windows', []))} windows; TFLOP/s of the dense-equivalent model, executed: "
+        "of what the sparse path computes"
+    )
+    return table
+
+
+def memory(record: dict[str, Any]) -> Table:
+    columns = [*MEMORY, "peak allocated", "GPU in use", "activations + temporaries, of dense"]
+    table = new_table("memory of a step, GiB: measured | estimate of `pretrain --dry-run`, off by", "", columns)
+    base = record["variants"].get("dense", {}).get("memory")
+    for name, row in record["variants"].items():
+        if "memory" not in row:
+            continue
+        entry = row["memory"]
+        measured, estimate = entry["measured"], entry.get("estimate")
+        cells = [against(measured[key], estimate and estimate.get(key)) for key in MEMORY]
+        tensors = estimate and sum(estimate[key] for key in MEMORY if key in estimate)
+        cells.append(against(measured["peak"], tensors))
+        cells.append(against(measured["device"], estimate and sum(estimate.values())) if entry["alone"] else "")
+        share = ""
+        if base and base["measured"]["activations"]:
+            own, dense = (m["activations"] + m["temporaries"] for m in (measured, base["measured"]))
+            share = f"{own / dense:.1%}"
+        table.add_row(name, *cells, share)
+    table.caption = (
+        "GPU in use: with the CUDA context, libraries and the allocator's cache, where no second model was there; "
+        "the estimate allows for them"
+    )
+    return table
+
+
+def against(measured: float, estimate: float | None) -> str:
+    if estimate is None:
+        return f"{measured / GIB:.2f}"
+    off = f", {estimate / measured - 1:+.0%}" if measured else ""
+    return f"{measured / GIB:.2f} | {estimate / GIB:.2f}{off}"
+
+
+def breakdown(record: dict[str, Any]) -> Table:
+    found = {name: row["breakdown"] for name, row in record["variants"].items() if "breakdown" in row}
+    parts = list(next(iter(found.values()))["parts"])
+    table = new_table("where a step's time goes, ms and share (profiled)", "", [*parts, "busy", "idle"])
+    for name, each in found.items():
+        whole = each["busy"] + each["idle"]
+        times = [*each["parts"].values(), each["busy"], each["idle"]]
+        table.add_row(name, *(f"{1000 * time:.1f}\n{time / whole if whole else 0:.1%}" for time in times))
+    table.caption = "a norm that Transformer Engine fuses into a projection counts with the projection"
+    return table
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    variants = {name: row for name, row in record["variants"].items() if "tokens_per_second" in row}
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4.5))
+    names, world = list(variants), record["environment"]["world_size"]
+    rates = [row["tokens_per_second"] for row in variants.values()]
+    medians = [rate["median"] / world for rate in rates]
+    spread = [[m - r["min"] / world for m, r in zip(medians, rates, strict=True)],
+              [r["max"] / world - m for m, r in zip(medians, rates, strict=True)]]  # fmt: skip
+    axes[0].bar(names, medians, yerr=spread, capsize=4, color="tab:blue")
+    for x, value in enumerate(medians):
+        axes[0].text(x, value / 2, f"{value:,.0f}", ha="center", color="white")
+    axes[0].set_title("tokens/s/GPU")
+    with_memory = {name: row["memory"]["measured"] for name, row in variants.items() if "memory" in row}
+    stack(axes[1], with_memory, MEMORY, 1 / GIB, "peak memory, GiB")
+    profiled = {name: row["breakdown"] for name, row in variants.items() if "breakdown" in row}
+    times = {name: {**row["parts"], "idle": row["idle"]} for name, row in profiled.items()}
+    parts = next(iter(times.values())) if times else {}
+    stack(axes[2], times, tuple(parts), 1e3, "time of a step, ms")
+    rows = record["layers"]
+    axes[3].plot([row["l0"] for row in rows], ".-", color="tab:blue", label="L0")
+    axes[3].set_yscale("log")
+    axes[3].set_xlabel("layer")
+    axes[3].set_title("L0 (left), union of 128 tokens / width (right)")
+    right = axes[3].twinx()
+    right.plot([row["union_fraction"] for row in rows], ".-", color="tab:orange", label="union")
+    right.set_ylim(0, max(0.05, *(row["union_fraction"] for row in rows if math.isfinite(row["union_fraction"]))))
+    for axis in axes[:3]:
+        axis.tick_params(axis="x", rotation=15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def stack(axis: Any, rows: dict[str, dict[str, float]], keys: tuple[str, ...], unit: float, title: str) -> None:
+    bottom = [0.0] * len(rows)
+    for key in keys:
+        heights = [row[key] * unit for row in rows.values()]
+        axis.bar(list(rows), heights, bottom=bottom, label=key)
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    axis.set_title(title)
+    if rows:
+        axis.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    write(json.loads(place.read_text()), place.parent)

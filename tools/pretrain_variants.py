@@ -1,0 +1,172 @@
+"""What tools/benchmark_pretrain.py compares, and how one of them is measured: speed, memory, where the time goes."""
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pretrain_prepare import Bench, clean
+
+from megasparse.config import Config
+from megasparse.monitoring.breakdown import profile_step
+from megasparse.monitoring.energy import EnergyMeter
+from megasparse.monitoring.sparsity import LayerSparsity
+from megasparse.monitoring.step_memory import measure_step
+from megasparse.monitoring.throughput import Throughput
+from megasparse.plan import OVERHEAD, make_plan
+from megasparse.training.data import StepLoader
+from megasparse.training.loop import Run, run_step
+from megasparse.training.schedule import LearningRate
+
+
+def use(run: Run, cfg: Config, loader: StepLoader) -> None:
+    """Lets the next steps of `run` be steps of another configuration of the same model."""
+    run.cfg = run.state.cfg = cfg
+    run.loader = loader
+    for group in run.state.optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = cfg.optimizer.lr, cfg.optimizer.min_lr
+    run.state.scheduler = LearningRate(cfg, run.state.optimizer)
+
+
+class Switches:
+    """Attributes that a variant has otherwise: of Megatron's TransformerConfig and of every module that has them. Only
+    what is read in each forward can be switched."""
+
+    def __init__(self) -> None:
+        self._originals: list[tuple[Any, str, Any]] = []
+
+    def set(self, chunks: list[torch.nn.Module], settings: dict[str, Any]) -> None:
+        """Undoes what was set before. Raises ValueError where nothing has such an attribute."""
+        for target, key, value in reversed(self._originals):
+            setattr(target, key, value)
+        self._originals.clear()
+        for key, value in settings.items():
+            modules = [module for chunk in chunks for module in chunk.modules()]
+            configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+            targets = [target for target in (*configs.values(), *modules) if hasattr(target, key)]
+            if not targets:
+                raise ValueError(f"neither Megatron's TransformerConfig nor a module of the model has {key}")
+            for target in targets:
+                self._originals.append((target, key, getattr(target, key)))
+                setattr(target, key, value)
+
+
+SWITCHES = Switches()
+
+
+@dataclasses.dataclass
+class Variant:
+    """What is measured against the others: a run, its configuration and data while measured, its paths."""
+
+    name: str
+    run: Run
+    cfg: Config
+    loader: StepLoader
+    paths: list[str]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """See `Switches`."""
+    windows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def prepare(self) -> None:
+        use(self.run, self.cfg, self.loader)
+        for mlp, path in zip(self.run.state.mlps, self.paths, strict=True):
+            mlp.router.path = path
+        SWITCHES.set(self.run.state.model, self.settings)
+
+    def step(self) -> float:
+        return run_step(self.run)[0].loss
+
+
+def window(variant: Variant, steps: int, energy: EnergyMeter) -> None:
+    """Some steps between two moments at which the GPU has nothing to do."""
+    variant.prepare()
+    synchronize()
+    energy.read()
+    begun = time.perf_counter()
+    losses = [variant.step() for _ in range(steps)]
+    synchronize()
+    seconds = time.perf_counter() - begun
+    joules = energy.read()
+    tokens = steps * variant.cfg.training.global_batch_size * variant.cfg.data.sequence_length
+    row = {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps, "loss": losses[0]}
+    if energy.available:
+        row["joules_per_token"] = joules / tokens * dist.get_world_size()
+    variant.windows.append(row)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def note_speed(bench: Bench, variant: Variant, layers: list[LayerSparsity]) -> None:
+    """Adds a variant's windows, and what follows from them, to the record."""
+    entry = bench.record["variants"].setdefault(variant.name, {})
+    rows = variant.windows
+    entry["windows"] = rows
+    entry["micro_batch_size"] = variant.cfg.training.micro_batch_size
+    entry["global_batch_size"] = variant.cfg.training.global_batch_size
+    for key in rows[0]:
+        if key != "loss":
+            entry[key] = summary([row[key] for row in rows])
+    speed = entry["tokens_per_second"]["median"]
+    unions = [
+        layer.union_fraction if path == "sparse" else 1.0 for layer, path in zip(layers, variant.paths, strict=False)
+    ] or [1.0] * variant.cfg.model.num_layers
+    throughput = Throughput(variant.cfg, dist.get_world_size())
+    entry["metrics"] = throughput.metrics(int(speed * 1000), 1000.0, unions)
+
+
+def note_memory(bench: Bench, variant: Variant, others: list[Run], l0: float) -> None:
+    """Measures the memory of one step and sets the estimate of `pretrain --dry-run` beside it."""
+    variant.prepare()
+    clean()
+    elsewhere = [tensor for run in others if run is not variant.run for tensor in resident(run)]
+    state = variant.run.state
+    measured = measure_step(state.model, optimizer_tensors(state.optimizer), variant.step, elsewhere)
+    entry = bench.record["variants"].setdefault(variant.name, {})
+    entry["memory"] = {"measured": dataclasses.asdict(measured), "alone": not elsewhere}
+    if not variant.paths:  # another model than the dry run knows
+        return
+    stage = make_plan(variant.cfg, dist.get_world_size(), l0).worst(sparse=False)
+    sparse = variant.paths.count("sparse") / len(variant.paths)
+    activations = sparse * stage.activations_sparse + (1 - sparse) * stage.activations_dense
+    entry["memory"]["estimate"] = {
+        "weights": stage.weights,
+        "gradients": stage.gradients,
+        "optimizer": stage.optimizer,
+        "activations": int(activations),
+        "temporaries": stage.workspace,
+        "overhead": OVERHEAD,
+    }
+
+
+def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """What this rank's optimizer holds besides the model: main parameters and moments (in fp32 training the former
+    are the model's own)."""
+    held = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        held += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        held += [x for state in part.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+    return held
+
+
+def resident(run: Run) -> list[torch.Tensor]:
+    """Tensors that a run holds between steps."""
+    parameters = [parameter for chunk in run.state.model for parameter in chunk.parameters()]
+    gradients = [parameter.main_grad for parameter in parameters if hasattr(parameter, "main_grad")]
+    return [*parameters, *gradients, *optimizer_tensors(run.state.optimizer)]
+
+
+def note_breakdown(bench: Bench, variant: Variant) -> None:
+    variant.prepare()
+    found = profile_step(variant.run.state.model, variant.step)
+    entry = bench.record["variants"][variant.name]
+    kernels = {part: dict(list(rows.items())[:12]) for part, rows in found.kernels.items()}
+    entry["breakdown"] = {"parts": found.parts, "busy": found.busy, "idle": found.idle, "kernels": kernels}
