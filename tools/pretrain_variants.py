@@ -25,8 +25,6 @@ def use(run: Run, cfg: Config, loader: StepLoader) -> None:
     """Lets the next steps of `run` be steps of another configuration of the same model."""
     run.cfg = run.state.cfg = cfg
     run.loader = loader
-    for group in run.state.optimizer.param_groups:
-        group["max_lr"], group["min_lr"] = cfg.optimizer.lr, cfg.optimizer.min_lr
     run.state.scheduler = LearningRate(cfg, run.state.optimizer)
 
 

@@ -40,6 +40,9 @@ class LearningRate:
 
     def set_step(self, step: int) -> float:
         """Prepares the parameter groups for step `step` (1 is the first); returns its learning rate."""
+        for group in self._scheduler.optimizer.param_groups:
+            # Megatron keeps a copy of the bounds in every group, and its checkpoints bring back those they had.
+            group["max_lr"], group["min_lr"] = self._scheduler.max_lr, self._scheduler.min_lr
         self._scheduler.num_steps = step
         self._scheduler.step(0)
         return self.rate(step)

@@ -26,7 +26,11 @@ def config(**sections: Any) -> Config:
 def rates(steps: int, **schedule: Any) -> list[float]:
     cfg = config(training={"steps": steps}, optimizer={"lr": LR, "min_lr": MIN, "schedule": schedule})
     weight = torch.nn.Parameter(torch.zeros(1))
-    groups = [{"params": [weight], "wd_mult": 1.0}, {"params": [torch.nn.Parameter(torch.zeros(1))], "wd_mult": 0.0}]
+    of_old_run = {"max_lr": 7.0, "min_lr": 5.0}  # as a checkpoint brings them back
+    groups = [
+        {"params": [weight], "wd_mult": 1.0},
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "wd_mult": 0.0, **of_old_run},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.0)
     schedule_of_run = LearningRate(cfg, optimizer)
     result = []
