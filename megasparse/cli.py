@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import megasparse
 from megasparse.hf.commands import add_convert
+from megasparse.hf.generate import add_generate
 from megasparse.slurm.commands import add_launch, add_status
 
 EXIT_MISTAKE = 2
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_add_preprocess, _add_pretrain, _add_evaluate, add_convert, _add_report, _add_doctor, _add_preflight):
         add(commands)
-    for add in (add_launch, add_status):
+    for add in (add_generate, add_launch, add_status):
         add(commands)
     return parser
 

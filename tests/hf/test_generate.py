@@ -1,0 +1,69 @@
+"""`megasparse generate` as a user types it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megasparse.cli import main
+from tests.hf.cases import config_of, megasparse, write_plain
+from tests.hf.test_commands import write_tokenizer
+from tests.hf.test_from_hf import make_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("generate") / "model"
+    make_model("llama-tied", path)
+    write_tokenizer(path)
+    return path
+
+
+def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:
+    """Exit code, output and errors of the command, run in this process."""
+    with pytest.raises(SystemExit) as end:
+        main(["generate", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return end.value.code, captured.out, captured.err
+
+
+def test_text_and_statistics(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = megasparse("generate", folder, "--prompt", "w7", "--max-new-tokens", 6)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"w7( ?w\d+){1,6}\n", done.stdout)
+    assert "The sparse MLP runs its dense path" in done.stderr
+    numbers = re.search(r"prompt: 1 tokens in .* s; then \d tokens, .* a second; mean L0 ([\d.]+) of 48", done.stderr)
+    assert numbers is not None, done.stderr
+    assert 0 < float(numbers[1]) < 48
+    code, out, err = here(capsys, folder, "--prompt", "w7", "--max-new-tokens", 6, "--dense")
+    assert (code, out) == (0, done.stdout)
+    assert "L0" not in err
+
+
+def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(seed: int) -> str:
+        return here(capsys, folder, "--prompt", "w3", "--temperature", 5, "--max-new-tokens", 12, "--seed", seed)[1]
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_plain(tmp_path / "checkpoint", config_of("llama-tied"))
+    make_model("llama-tied", tmp_path / "silu", activation="silu")
+    write_tokenizer(tmp_path / "silu")
+    make_model("llama-tied", tmp_path / "bare")
+    for model, options, expected in (
+        (run, (), f"megasparse convert to-hf {run} OUTPUT"),
+        (tmp_path / "silu", (), "model.layers.0.mlp: its activation is SiLU"),
+        (tmp_path / "bare", (), "model or tokenizer does not load"),
+        (folder, ("--top-p", "0.5"), "--top-p: has no effect without sampling"),
+        (folder, ("--max-new-tokens", "256"), "more than the model's 256 positions"),
+        (folder, ("--max-new-tokens", "0"), "'0' is not a number of 1 or more"),
+    ):
+        code, out, err = here(capsys, model, "--prompt", "w3", *options)
+        assert code == 2, err
+        assert expected in err
+        assert out == ""
