@@ -158,7 +158,7 @@ class Bench:
 
 
 def compile_layers(model: Any) -> None:
-    """One compiled function serves all decoder layers that have the same route."""
+    """One compiled function serves all decoder layers (all with the same `sparse_from`, where they are accelerated)."""
     for layer in model.model.layers:
         layer.compile(dynamic=False)
 
@@ -281,8 +281,7 @@ def layers_of(bench: Bench) -> list[dict[str, Any]]:
             "l0": seen.l0,
             "union_fraction": seen.union_fraction,
             "depth": None if bench.depths is None else bench.depths[index],
-            "decode_upto": getattr(mlp.route, "decode_upto", None),
-            "sparse_from": getattr(mlp.route, "sparse_from", None),
+            "sparse_from": mlp.sparse_from,
         }
         for index, (seen, mlp) in enumerate(zip(bench.observed, mlps, strict=True))
     ]
@@ -291,17 +290,16 @@ def layers_of(bench: Bench) -> list[dict[str, Any]]:
 def print_layers(layers: list[dict[str, Any]], console: Console) -> None:
     """Layers that share a recorded pattern in one row."""
     table = Table(title="Layers, as measured on the model's own inputs")
-    for column in ("layers", "L0", "union of 128 tokens", "decode kernel up to", "sparse from"):
+    for column in ("layers", "L0", "union of 128 tokens", "sparse from"):
         table.add_column(column, justify="right")
     groups: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
         groups.setdefault(index if layer["depth"] is None else layer["depth"], []).append(index)
     for members in groups.values():
-        first = layers[members[0]]
         l0 = statistics.mean(layers[i]["l0"] for i in members)
         union = statistics.mean(layers[i]["union_fraction"] for i in members)
         name = f"{members[0]}" if len(members) == 1 else f"{members[0]}-{members[-1]}"
-        table.add_row(name, f"{l0:.1f}", f"{union:.3f}", f"{first['decode_upto']}", f"{first['sparse_from']}")
+        table.add_row(name, f"{l0:.1f}", f"{union:.3f}", f"{layers[members[0]]['sparse_from']}")
     console.print(table)
 
 

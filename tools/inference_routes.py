@@ -1,8 +1,8 @@
 """Times of one MLP layer by number of tokens: what the constants of `megasparse/mlp/inference.py` are fitted to.
 
-For every recorded layer: dense products as transformers has them, the same with the down weight stored by neuron, the
-sparse path, and up to 64 tokens the decode kernel. Microseconds, each in a CUDA graph over several copies of the
-weights, so that none is found in the L2 cache. Decoded tokens are drawn far apart, prefilled ones are consecutive.
+For every recorded layer: dense products as transformers has them, the same with the down weight stored by neuron, and
+the sparse path. Microseconds, each in a CUDA graph over several copies of the weights, so that none is found in the L2
+cache. Up to 64 tokens are drawn far apart, as a batch decodes them; more are consecutive.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from megasparse.mlp.decode import MAX_TOKENS, decode_mlp
-from megasparse.mlp.inference import Route, sparse_inference
+from megasparse.mlp.inference import fewest_tokens, sparse_inference
 
 COPIES = 6
 TOKENS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
@@ -65,43 +64,37 @@ def measure_routes(recorded: dict[float, tuple[Tensor, Tensor]]) -> list[dict[st
         l0 = float(active.sum() / len(x))
         tiles = active[: len(x) // 128 * 128].view(-1, 128, hidden).any(1)
         union = float(tiles.float().mean())
-        route = Route.of(l0, union, width, hidden)
+        fewest = fewest_tokens(union, width, hidden)
         for tokens in TOKENS:
             if tokens > len(x):
                 continue
-            few = tokens <= MAX_TOKENS
-            chosen = torch.arange(tokens, device=x.device) * (len(x) // tokens if few else 1)
+            decoding = tokens <= 64
+            chosen = torch.arange(tokens, device=x.device) * (len(x) // tokens if decoding else 1)
             part = x[chosen].contiguous()
 
             def run_dense(i: int, down: list[Tensor], part: Tensor = part) -> Tensor:
                 return compiled(part, gates[i], ups[i], down[i])  # noqa: B023
 
-            path = "decode" if tokens <= route.decode_upto else "sparse" if tokens >= route.sparse_from else "dense"
             row = {
                 "depth": depth,
                 "l0": l0,
                 "union_128": union,
                 "tokens": tokens,
                 "union": float(active[chosen].any(0).float().mean()),
-                "route": path,
+                "route": "sparse" if tokens >= fewest else "dense",
                 "dense_us": microseconds(lambda i: run_dense(i, downs)),  # noqa: B023
                 "dense_by_neuron_us": microseconds(lambda i: run_dense(i, transposed)),  # noqa: B023
                 "sparse_us": microseconds(lambda i: sparse_inference(part, w_ins[i], w_downs[i])),  # noqa: B023
             }
-            if few:
-                row["decode_us"] = microseconds(lambda i: decode_mlp(part, w_ins[i], w_downs[i]))  # noqa: B023
             rows.append(row)
     return rows
 
 
 def print_routes(rows: list[dict[str, Any]]) -> None:
-    print(
-        "layer  L0     union  tokens   union |   dense by neuron  sparse  decode us | sparse, decode of dense | route"
-    )
+    print("layer      L0  union  tokens  union |   dense  by neuron  sparse us | sparse of dense | route")
     for row in rows:
-        decode = row.get("decode_us", float("nan"))
         print(
-            f"{row['depth']:.2f}  {row['l0']:6.1f}  {row['union_128']:.3f}  {row['tokens']:6d}   {row['union']:.3f}  | "
-            f"{row['dense_us']:8.1f} {row['dense_by_neuron_us']:8.1f} {row['sparse_us']:8.1f} {decode:8.1f}  |  "
-            f"{row['sparse_us'] / row['dense_us']:.2f}  {decode / row['dense_us']:.2f}  | {row['route']}"
+            f"{row['depth']:5.2f} {row['l0']:7.1f}  {row['union_128']:.3f} {row['tokens']:7d}  {row['union']:.3f} | "
+            f"{row['dense_us']:7.1f} {row['dense_by_neuron_us']:10.1f} {row['sparse_us']:10.1f} | "
+            f"{row['sparse_us'] / row['dense_us']:15.2f} | {row['route']}"
         )

@@ -63,7 +63,8 @@ def restore(model: Model) -> Model:
 def calibrate(model: nn.Module, sample: Tensor) -> list[LayerSparsity]:
     """Choose the paths of an accelerated model by one forward over tokens [b, s]. Returns what the layers did."""
     for module in _accelerated(model).values():
-        module.prepare()
+        if module.mode == "auto" and module.w_in is not None:
+            module.sparse_from = None
     return _forward(model, sample, choose=True)
 
 
@@ -77,7 +78,7 @@ def _forward(model: nn.Module, tokens: Tensor, choose: bool) -> list[LayerSparsi
 
     def observe(module: InferenceMLP, inputs: tuple[Any, ...]) -> None:
         observed.append(module.observe(inputs[0]))
-        if choose and module.route is None:
+        if choose and module.sparse_from is None:
             module.choose(observed[-1])
 
     hooks = [module.register_forward_pre_hook(observe) for module in _accelerated(model).values()]

@@ -1,4 +1,4 @@
-"""The module that stands in for a transformers MLP: same parameters under the same names, three ways to compute."""
+"""The module that stands in for a transformers MLP: same parameters under the same names, two ways to compute."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megasparse.mlp import TOKEN_TILE, decode, device_reason
+from megasparse.mlp import TOKEN_TILE, device_reason
 from megasparse.mlp.cuda import note_dense
 from megasparse.mlp.dense_elementwise import statistics
 from megasparse.mlp.dispatch import Mode
-from megasparse.mlp.inference import DENSE, Route, decode_applies, sparse_inference
+from megasparse.mlp.inference import NEVER, fewest_tokens, sparse_inference
 
 OBSERVED_TOKENS = 16384
 """At most this many tokens of a call are looked at: 128 tiles."""
@@ -33,8 +33,9 @@ class InferenceMLP(nn.Module):
     The projections are the original's own modules. Where the kernels apply their weights are laid out as the kernels
     read them, once in memory: gate and up one after the other, down by neuron; the parameters are views of that.
 
-    The route is chosen by the first call of at least 128 tokens outside torch.compile and CUDA graphs (one host
-    synchronisation a layer), or by `choose`. Until then, and where gradients are recorded, the original computes.
+    Calls of `sparse_from` tokens and more run sparse. It is chosen by the first call of at least 128 tokens outside
+    torch.compile and CUDA graphs (one host synchronisation a layer), or by `choose`. Until then (None), for fewer
+    tokens, and where gradients are recorded, the original computes.
 
     Args:
         original: with `up_proj`, `down_proj`, `act_fn`, and `gate_proj` if gated.
@@ -53,7 +54,7 @@ class InferenceMLP(nn.Module):
         self.gated = hasattr(original, "gate_proj")
         self.register_buffer("w_in", None, persistent=False)
         self.register_buffer("w_down", None, persistent=False)
-        self.route: Route | None = DENSE
+        self.sparse_from: int | None = NEVER
         self.train(original.training)
         self.register_load_state_dict_post_hook(lambda module, _: module.prepare())
         self.prepare()
@@ -66,7 +67,7 @@ class InferenceMLP(nn.Module):
         return getattr(self, name).weight
 
     def prepare(self) -> None:
-        """Lay out the weights for where they are now, and forget the route."""
+        """Lay out the weights for where they are now, and forget `sparse_from`."""
         weight = self._weight("up_proj")
         hidden, width = weight.shape
         reason = None if self.mode == "dense" else device_reason(weight.device, weight.dtype, width, hidden)
@@ -74,10 +75,10 @@ class InferenceMLP(nn.Module):
         if self.mode == "dense" or (reason is not None and not on_cpu):
             if reason is not None:
                 note_dense(reason)
-            self.route = DENSE
+            self.sparse_from = NEVER
             self.unpack()
         else:
-            self.route = None if self.mode == "auto" else Route(0, 0)
+            self.sparse_from = None if self.mode == "auto" else 1
             self._pack()
 
     @torch.no_grad()
@@ -115,21 +116,16 @@ class InferenceMLP(nn.Module):
                 note_dense("gradients are recorded; call the model under torch.inference_mode()")
             return self.original(x)
         tokens = math.prod(x.shape[:-1])
-        if self.route is None and tokens >= TOKEN_TILE and not _recording(x):
+        if self.sparse_from is None and tokens >= TOKEN_TILE and not _recording(x):
             self.choose(self.observe(x))
-        route, w_in, w_down = self.route, self.w_in, self.w_down
-        if route is None or w_in is None or w_down is None or tokens == 0:
+        if self.w_in is None or self.w_down is None or self.sparse_from is None or tokens < self.sparse_from:
             return self.original(x)
-        if tokens >= route.sparse_from:
-            return sparse_inference(x.reshape(tokens, -1).contiguous(), w_in, w_down).view(x.shape)
-        if tokens <= route.decode_upto and decode_applies(x):
-            return decode.decode_mlp(x.reshape(tokens, -1).contiguous(), w_in, w_down).view(x.shape)
-        return self.original(x)
+        return sparse_inference(x.reshape(tokens, -1).contiguous(), self.w_in, self.w_down).view(x.shape)
 
     def choose(self, found: LayerSparsity) -> None:
-        """Choose the route from what the layer does."""
+        """Choose `sparse_from` from what the layer does."""
         hidden, width = self._weight("up_proj").shape
-        self.route = Route.of(found.l0, found.union_fraction, width, hidden)
+        self.sparse_from = fewest_tokens(found.union_fraction, width, hidden)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> LayerSparsity:

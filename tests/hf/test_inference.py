@@ -16,7 +16,7 @@ from megasparse.hf import accelerate, calibrate, measure_sparsity, restore
 from megasparse.hf.errors import AccelerateError
 from megasparse.hf.inference_mlp import InferenceMLP
 from megasparse.mlp import cuda
-from megasparse.mlp.inference import Route
+from megasparse.mlp.inference import NEVER, fewest_tokens
 from tests.hf.cases import inputs
 from tests.hf.test_from_hf import make_model
 
@@ -212,6 +212,12 @@ def test_mistakes(model: Any) -> None:
         accelerate(model, path="fast")  # type: ignore[arg-type]
 
 
+def test_limits_follow_the_statistics() -> None:
+    quiet, usual, busy, full = (fewest_tokens(union, 2048, 5632) for union in (0.073, 0.298, 0.664, 1.0))
+    assert quiet <= usual < busy < full == NEVER
+    assert fewest_tokens(0.1, 512, 2048) > fewest_tokens(0.1, 8192, 28672), "small layers need more tokens"
+
+
 def gpu_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -234,16 +240,16 @@ def test_on_a_gpu_every_path_is_as_exact_as_dense() -> None:
     wanted_one = logits(copy.deepcopy(model).float(), one)
     dense_one = (logits(model, one) - wanted_one).norm()
     accelerate(model)
-    assert all(mlp.route is None for mlp in mlps(model)), "nothing is known before the first forward"
+    assert all(mlp.sparse_from is None for mlp in mlps(model)), "nothing is known before the first forward"
     logits(model, ids)
-    assert all(mlp.route is not None for mlp in mlps(model)), "600 tokens are enough to choose"
+    assert all(mlp.sparse_from is not None for mlp in mlps(model)), "600 tokens are enough to choose"
     calibrate(model, ids)
     for mlp in mlps(model):
-        mlp.route = Route(decode_upto=64, sparse_from=65)
+        mlp.sparse_from = 65
     assert (logits(model, ids) - reference).norm() <= 1.2 * dense_error
     with torch.inference_mode():
         compiled = torch.compile(lambda tokens: model(tokens, use_cache=False).logits, mode="reduce-overhead")
-        for _ in range(3):  # the last replays a CUDA graph with the decode kernels
+        for _ in range(3):  # the last replays a CUDA graph
             found = compiled(one).float()
         assert (found - wanted_one).norm() <= 1.2 * dense_one
     before = logits(model, ids)
