@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -111,16 +110,19 @@ class InferenceMLP(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or self._weight("down_proj").requires_grad):
-            if self.w_in is not None:
-                note_dense("gradients are recorded; call the model under torch.inference_mode()")
-            return self.original(x)
-        tokens = math.prod(x.shape[:-1])
+        # In the order that decoding, where the host is the limit, leaves soonest.
+        tokens = x.numel() // x.shape[-1]
         if self.sparse_from is None and tokens >= TOKEN_TILE and not _recording(x):
             self.choose(self.observe(x))
-        if self.w_in is None or self.w_down is None or self.sparse_from is None or tokens < self.sparse_from:
-            return self.original(x)
-        return sparse_inference(x.reshape(tokens, -1).contiguous(), self.w_in, self.w_down).view(x.shape)
+        if self.sparse_from is None or tokens < self.sparse_from:
+            return self._original[0](x)
+        if torch.is_grad_enabled() and (x.requires_grad or self._weight("down_proj").requires_grad):
+            note_dense("gradients are recorded; call the model under torch.inference_mode()")
+            return self._original[0](x)
+        w_in, w_down = self.w_in, self.w_down
+        assert w_in is not None
+        assert w_down is not None
+        return sparse_inference(x.reshape(tokens, -1).contiguous(), w_in, w_down).view(x.shape)
 
     def choose(self, found: LayerSparsity) -> None:
         """Choose `sparse_from` from what the layer does."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from megasparse.hf import accelerate, calibrate, measure_sparsity, restore
+from megasparse.hf import accelerate, measure_sparsity, restore
 from megasparse.hf.errors import AccelerateError
 from megasparse.hf.inference_mlp import InferenceMLP
 from megasparse.mlp import cuda
@@ -216,57 +216,3 @@ def test_limits_follow_the_statistics() -> None:
     quiet, usual, busy, full = (fewest_tokens(union, 2048, 5632) for union in (0.073, 0.298, 0.664, 1.0))
     assert quiet <= usual < busy < full == NEVER
     assert fewest_tokens(0.1, 512, 2048) > fewest_tokens(0.1, 8192, 28672), "small layers need more tokens"
-
-
-def gpu_model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=2, hidden_size=256, intermediate_size=1408, num_attention_heads=4, vocab_size=500,
-        hidden_act="relu", max_position_embeddings=512,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_every_path_is_as_exact_as_dense() -> None:
-    model = gpu_model()
-    ids = torch.randint(500, (3, 200), device="cuda")
-    reference = logits(copy.deepcopy(model).float(), ids)
-    dense_error = (logits(model, ids) - reference).norm()
-    one = ids[:, :1].contiguous()
-    wanted_one = logits(copy.deepcopy(model).float(), one)
-    dense_one = (logits(model, one) - wanted_one).norm()
-    accelerate(model)
-    assert all(mlp.sparse_from is None for mlp in mlps(model)), "nothing is known before the first forward"
-    logits(model, ids)
-    assert all(mlp.sparse_from is not None for mlp in mlps(model)), "600 tokens are enough to choose"
-    calibrate(model, ids)
-    for mlp in mlps(model):
-        mlp.sparse_from = 65
-    assert (logits(model, ids) - reference).norm() <= 1.2 * dense_error
-    with torch.inference_mode():
-        compiled = torch.compile(lambda tokens: model(tokens, use_cache=False).logits, mode="reduce-overhead")
-        for _ in range(3):  # the last replays a CUDA graph
-            found = compiled(one).float()
-        assert (found - wanted_one).norm() <= 1.2 * dense_one
-    before = logits(model, ids)
-    assert torch.equal(logits(model, ids), before)
-    restore(model)
-    assert (logits(model, ids) - reference).norm() == dense_error
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_generates_with_a_static_cache_on_a_gpu() -> None:
-    model = accelerate(gpu_model())
-    ids = torch.randint(500, (2, 140), device="cuda")
-    with torch.inference_mode():
-        model(ids)
-        found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False,
-            cache_implementation="static", pad_token_id=0,
-        )  # fmt: skip
-    assert found.shape == (2, 152)
