@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
 
 run=runs/sparsify
-validation=("data.blend=$run/data/text" "data.split='96,4,0'" data.sequence_length=128 training.eval_steps=16)
+validation=("data.blend=$run/data/text" "data.split='96,4,0'" data.sequence_length=128 training.eval_steps=64)
 if [[ ! -f $run/data/text.json ]]; then
     megasparse preprocess "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
         --output $run/data/text --train-tokenizer 2048 --include '*.py' \
@@ -18,8 +18,8 @@ if [[ ! -d $run/dense ]]; then
 fi
 megasparse evaluate $run/dense "${validation[@]}"                            # dense, SiLU
 megasparse convert from-hf $run/dense $run/imported --overwrite --verify
-megasparse evaluate $run/imported "${validation[@]}" training.global_batch_size=8 # ReLU in its place, untrained
+megasparse evaluate $run/imported "${validation[@]}" training.global_batch_size=8   # ReLU in its place, untrained
 megasparse pretrain tools/sparsify.yaml "$@"
-megasparse evaluate $run                                                     # recovered and sparse
+megasparse evaluate $run training.eval_steps=64                              # recovered and sparse
 megasparse convert to-hf $run $run/sparse --overwrite --verify
 megasparse evaluate $run/sparse "${validation[@]}"                           # the same, by transformers

@@ -16,7 +16,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LENGTH, BATCH, RATE, WARMUP, TRAIN_SHARE = 128, 8, 2e-3, 30, 0.96
+LENGTH, BATCH, WARMUP, TRAIN_SHARE = 128, 8, 30, 0.96
+
+CONFIG = LlamaConfig(
+    vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    max_position_embeddings=LENGTH, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -24,19 +29,15 @@ def main() -> None:
     parser.add_argument("data", help="prefix that megasparse preprocess has written")
     parser.add_argument("tokenizer", type=Path, help="its tokenizer, a folder")
     parser.add_argument("output", type=Path, help="folder for the model")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate (%(default)s)")
+    parser.add_argument("--start", type=Path, help="a model to go on from")
     args = parser.parse_args()
 
     tokens = training_tokens(args.data)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-            max_position_embeddings=LENGTH, rms_norm_eps=1e-5, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=0,
-        )
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    model = LlamaForCausalLM.from_pretrained(args.start) if args.start else LlamaForCausalLM(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
     generator = np.random.default_rng(0)
     for step in range(1, args.steps + 1):
