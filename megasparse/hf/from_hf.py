@@ -17,7 +17,7 @@ from megasparse.hf.megatron_files import write_checkpoint
 from megasparse.hf.model_folder import ModelFolder
 from megasparse.hf.output import output_folder
 from megasparse.hf.tensors import Weight
-from megasparse.hf.to_hf import ASSETS_BYTES, DTYPES, Converted, Progress
+from megasparse.hf.to_hf import ASSETS_BYTES, DTYPES, Converted, Progress, to_dtype
 from megasparse.training.checkpoint_files import seal
 
 ASSETS = "hf"
@@ -85,7 +85,7 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
             described.model.num_layers,
             dtype,
             common,
-            lambda weight: source.read(weight).to(dtype),
+            lambda weight: to_dtype(source.read(weight), dtype, folder, weight),
             advance,
         )
         seal(partial, step=0)

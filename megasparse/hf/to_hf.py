@@ -128,6 +128,14 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     )
 
 
+def to_dtype(tensor: Tensor, dtype: torch.dtype, path: Path, weight: Weight) -> Tensor:
+    """The weight in another type. Raises ConvertError where it holds values that float16 has not."""
+    rounded = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not bool(torch.isfinite(rounded).all()):
+        raise ConvertError(f"{path}: {weight.where} has values beyond float16's range; give --dtype bf16 or fp32")
+    return rounded
+
+
 class _Tensors:
     """The tensors of the export, made when they are asked for; those of one weight come from one read."""
 
@@ -150,12 +158,7 @@ class _Tensors:
         weight, index = self._parts[name]
         if self._current is None or self._current[0] is not weight:
             self._current = None  # frees the one before first
-            tensor = self._source.reader.read(weight).to(self._dtype)
-            if self._dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
-                raise ConvertError(
-                    f"{self._source.path}: {weight.where} has values beyond float16's range; export with --dtype "
-                    "bf16 or fp32"
-                )
+            tensor = to_dtype(self._source.reader.read(weight), self._dtype, self._source.path, weight)
             self._current = (weight, split(weight, tensor, self._source.model, self._source.vocab_size))
         return self._current[1][index]
 

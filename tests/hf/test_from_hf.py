@@ -383,3 +383,11 @@ def test_weights_of_several_types_lose_nothing(tmp_path: Path) -> None:
     convert_to_hf(ToHf(tmp_path / "checkpoint", tmp_path / "out"))
     original, back = weights_of(tmp_path / "in"), weights_of(tmp_path / "out")
     assert all(torch.equal(tensor.float(), back[name]) for name, tensor in original.items())
+
+
+def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
+    make_model("llama-tied", tmp_path / "in")
+    rewrite(tmp_path / "in", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e9))
+    with pytest.raises(ConvertError, match=r"linear_fc1\.weight of layer 1 has values beyond float16's range"):
+        convert_from_hf(FromHf(tmp_path / "in", tmp_path / "out", dtype="fp16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
