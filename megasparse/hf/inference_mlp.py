@@ -29,7 +29,7 @@ class LayerSparsity(NamedTuple):
 class InferenceMLP(nn.Module):
     """A gated or non-gated ReLU MLP of transformers that computes only what active neurons need, where that is faster.
 
-    The projections are the original's own modules. Where the kernels apply their weights are laid out as the kernels
+    The projections are the original's own modules. Where the kernels apply, their weights are laid out as the kernels
     read them, once in memory: gate and up one after the other, down by neuron; the parameters are views of that.
 
     Calls of `sparse_from` tokens and more run sparse. It is chosen by the first call of at least 128 tokens outside
@@ -53,6 +53,7 @@ class InferenceMLP(nn.Module):
         self.gated = hasattr(original, "gate_proj")
         self.register_buffer("w_in", None, persistent=False)
         self.register_buffer("w_down", None, persistent=False)
+        self._packed = False
         self.sparse_from: int | None = NEVER
         self.train(original.training)
         self.register_load_state_dict_post_hook(lambda module, _: module.prepare())
@@ -82,6 +83,7 @@ class InferenceMLP(nn.Module):
 
     @torch.no_grad()
     def _pack(self) -> None:
+        self._packed = True
         up, down = self._weight("up_proj"), self._weight("down_proj")
         self.w_down = down.t().contiguous()
         down.data = self.w_down.t()
@@ -95,9 +97,9 @@ class InferenceMLP(nn.Module):
     @torch.no_grad()
     def unpack(self) -> None:
         """Give each parameter its own contiguous memory again."""
-        if self.w_in is None:
+        if not self._packed:
             return
-        self.w_in = self.w_down = None
+        self._packed, self.w_in, self.w_down = False, None, None
         for name in ("gate_proj", "up_proj", "down_proj") if self.gated else ("down_proj",):
             weight = self._weight(name)
             weight.data = weight.data.clone(memory_format=torch.contiguous_format)

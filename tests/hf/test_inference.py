@@ -155,6 +155,15 @@ def test_moving_and_loading_keep_the_layout(model: Any) -> None:
             assert mlp.w_down.data_ptr() == mlp.down_proj.weight.data_ptr()
             assert torch.equal(mlp.w_in, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
         torch.testing.assert_close(logits(model), logits(other), rtol=0, atol=1e-5)
+    for mlp in mlps(model):
+        mlp.mode = "auto"
+    model.double()  # as on a move to a device without kernels
+    for mlp in mlps(model):
+        assert mlp.w_in is mlp.w_down is None
+        assert mlp.down_proj.weight.is_contiguous()
+    for mlp in mlps(model):
+        mlp.mode = "sparse"
+    model.float()
     copied = copy.deepcopy(model)
     torch.testing.assert_close(logits(restore(copied)), logits(model), rtol=0, atol=1e-5)
 
