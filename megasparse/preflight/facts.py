@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import torch
 
 import megasparse
 from megasparse.config import Config, ConfigError, LoadedConfig, check_files, load_with_origins
-from megasparse.training.launch_environment import Launch
+from megasparse.training.launch_environment import Launch, host_name
 
 Facts = dict[str, Any]
 
@@ -29,11 +28,6 @@ BLOCK, BLOCKS = 1 << 16, 8
 """A data file is known by its size and by this many blocks of it, first and last included."""
 WRITE_BYTES = 8 << 20
 """Written and flushed where checkpoints and caches go: a quota shows in no count of free bytes."""
-
-
-def host_name() -> str:
-    """SLURM's name of this node, which is what its commands understand; else the host's own."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def arrival(launch: Launch) -> Facts:

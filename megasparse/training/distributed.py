@@ -98,7 +98,7 @@ def _make_groups(cfg: Config, device: torch.device) -> torch.device:
         if (cfg.parallel.virtual_pipeline or 1) > 1
         else None,
         context_parallel_size=cfg.parallel.context,
-        distributed_timeout_minutes=max(1, int(cfg.parallel.timeout_minutes)),
+        distributed_timeout_minutes=cfg.parallel.timeout_minutes,  # type: ignore[arg-type]  # minutes of a timedelta
     )
     seed_everything(cfg)
     return device

@@ -36,7 +36,12 @@ class Launch:
         return self.local_rank == 0
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of {self.world_size} (local rank {self.local_rank} on {socket.gethostname()})"
+        return f"rank {self.rank} of {self.world_size} (local rank {self.local_rank} on {host_name()})"
+
+
+def host_name() -> str:
+    """SLURM's name of this node, which is what its commands understand; else the host's own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def read_environment(env: dict[str, str] | None = None) -> Launch:

@@ -25,7 +25,9 @@ from megasparse.training.datasets import Datasets, build_datasets
 from megasparse.training.dead_neurons import reinit_is_due, reinitialise
 from megasparse.training.distributed import Launch, initialize, read_environment, shut_down
 from megasparse.training.evaluate import run_validation
+from megasparse.training.heartbeat import Heartbeat
 from megasparse.training.l1 import L1Controller
+from megasparse.training.launch_environment import host_name
 from megasparse.training.layer_stats import LayerCounter, LayerCounts
 from megasparse.training.optimizer import build_optimizer, not_finite_gradients, wrap_in_ddp
 from megasparse.training.schedule import LearningRate
@@ -57,6 +59,7 @@ class Run:
     checkpointer: Checkpointer
     callbacks: CallbackList
     stop: StopWatcher
+    heartbeat: Heartbeat
     device: torch.device
     skipped_in_a_row: int = 0
 
@@ -73,8 +76,10 @@ def train(run: Run) -> StopReason:
         reason = result.stop
         last = state.step == cfg.training.steps
         if is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE:
+            run.heartbeat.at(state.step, "validation")
             validate(run)
         if is_due(cfg.checkpoint.interval, state.step, last or reason != StopReason.NONE):
+            run.heartbeat.at(state.step, "checkpoint")
             save(run)
         run.checkpointer.poll()
     run.checkpointer.close()
@@ -89,11 +94,14 @@ def run_step(run: Run) -> tuple[StepResult, Metrics]:
     """One whole step, from its data to what follows the update; its result and what observers are told of it."""
     started = time.perf_counter()
     rate = prepare_step(run, run.state.step + 1)
+    run.heartbeat.at(run.state.step + 1, "reading data")
     batches = run.loader.next_step()
+    run.heartbeat.at(run.state.step + 1, "training")
     state = run.state
     result = train_step(
         run.cfg, state.model, state.optimizer, batches, run.stop.local_reason(), after_backward=run.counter.end
     )
+    run.heartbeat.at(state.step + 1, "after the update")
     reinitialised = finish_step(run, result)
     seconds = time.perf_counter() - started
     return result, step_metrics(run, result, rate, seconds, reinitialised)
@@ -233,7 +241,8 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     with StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None) as stop:
         run = start(cfg, launch, device, stop, callbacks)
         try:
-            reason = train(run)
+            with run.heartbeat:
+                reason = train(run)
             code, text = (EXIT_DONE, "done") if reason == StopReason.NONE else (EXIT_REQUEUE, reason.name)
         except NotFiniteError as error:
             code, text = EXIT_NOT_FINITE, str(error)
@@ -293,7 +302,10 @@ def start(
         device,
     )
     counter = LayerCounter(mlps, cfg.model.num_layers, cfg.model.ffn_hidden_size)
-    return Run(cfg, state, datasets, loader, counter, checkpointer, observers, stop, device)
+    heartbeat = Heartbeat(
+        cfg.run_directory, launch.rank, launch.world_size, host_name(), 60 * cfg.parallel.timeout_minutes
+    )
+    return Run(cfg, state, datasets, loader, counter, checkpointer, observers, stop, heartbeat, device)
 
 
 def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets: Datasets) -> None:
