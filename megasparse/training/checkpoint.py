@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import multiprocessing
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -28,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 
 from megasparse.config import Config
+from megasparse.parent import end_with_parent
 from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_content import (
     check_same_model,
@@ -114,6 +118,7 @@ class Checkpointer:
             arguments["async_strategy"] = "mcore"
         complete = partial(self._complete, partial_path, state.step)
         with signals_wait():
+            _start_helper()
             request = dist_checkpointing.save(
                 sharded, str(partial_path), strategy, async_sharded_save=self._queue is not None, **arguments
             )
@@ -277,6 +282,17 @@ class Checkpointer:
             "config": self._cfg.model_dump(mode="json"),
             "extra": extra,
         }
+
+
+def _start_helper() -> None:
+    """Starts the process through which Megatron's writers report, so that it ends when this one is killed.
+
+    Megatron would start one itself, which stays for ever then.
+    """
+    if getattr(filesystem_async, "_results_queue", "no such variable") is None:
+        helper = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        helper.start(end_with_parent)
+        filesystem_async._results_queue = helper.Queue()
 
 
 def _check_content(path: Path) -> None:
