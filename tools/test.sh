@@ -8,6 +8,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MEGASPARSE_EXTRAS=dev source tools/environment.sh
 
+# The launchers are tested on a real SLURM; those tests are skipped where there is none.
+if [[ $# == 0 || $* == *tests/slurm* ]]; then
+    tools/install_slurm.sh || echo "tests/slurm will be skipped" >&2
+fi
+
 ruff check .
 mypy
 exec python -m pytest "$@"

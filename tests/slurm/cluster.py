@@ -1,7 +1,10 @@
-"""A SLURM cluster of three nodes on this machine, for as long as a test session: munged, slurmctld, three slurmd.
+"""A SLURM cluster of seven nodes on this machine, for as long as a test session: munged, slurmctld, seven slurmd.
 
 Nothing is installed and no daemon of the machine is touched: everything lives in a temporary directory and on free
 ports. Needs root (slurmd starts jobs as their owner) and Debian's packages `slurm-wlm` and `munge`.
+
+Partitions: `all` (n1 to n3); `frail` (n4 to n6), where tests may end a node; `spare` (n7), whose jobs those of `urgent`
+preempt.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Any
 from tests.launch import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
-NODES = ("n1", "n2", "n3")
+NODES = ("n1", "n2", "n3", "n4", "n5", "n6", "n7")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 CONFIGURATION = """
@@ -49,7 +53,9 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
@@ -63,7 +69,11 @@ ReturnToService=2
 MessageTimeout=10
 PropagateResourceLimits=NONE
 {nodes}
-PartitionName=all Nodes=n[1-3] Default=YES MaxTime=60 State=UP OverSubscribe=NO
+PartitionName=DEFAULT MaxTime=60 State=UP OverSubscribe=NO PreemptMode=OFF
+PartitionName=all Nodes=n[1-3] Default=YES
+PartitionName=frail Nodes=n[4-6]
+PartitionName=spare Nodes=n7 PreemptMode=REQUEUE GraceTime=120
+PartitionName=urgent Nodes=n7 PriorityTier=10
 """
 
 
@@ -91,7 +101,7 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float, evidence: 
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {seconds} s\n{evidence()}")
-        time.sleep(0.1)
+        time.sleep(0.25)
 
 
 class Cluster:
@@ -101,6 +111,8 @@ class Cluster:
         self.root = Path(tempfile.mkdtemp(prefix="megasparse-slurm-"))
         self.root.chmod(0o755)  # munged refuses a socket where others could not reach it
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopping = threading.Event()
+        self._hastener = threading.Thread(target=self._hasten, daemon=True)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
             "SLURM_CONF": str(self.root / "slurm.conf"),
@@ -113,7 +125,7 @@ class Cluster:
         for node in NODES:
             (self.root / f"spool-{node}").mkdir()
         lines = [
-            f"NodeName={node} NodeHostname=localhost NodeAddr=localhost Port={port} CPUs=4 RealMemory=1000"
+            f"NodeName={node} NodeHostname=localhost NodeAddr=localhost Port={port} CPUs=16 RealMemory=4000"
             for node, port in ports.items()
         ]
         (self.root / "slurm.conf").write_text(
@@ -131,7 +143,17 @@ class Cluster:
         self._spawn("slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
-        wait_for("idle nodes", lambda: self.idle_nodes() == set(NODES), 30, self.logs)
+        wait_for("idle nodes", lambda: self.idle_nodes() == set(NODES), 60, self.logs)
+        self._hastener.start()
+
+    def _hasten(self) -> None:
+        """Requeued jobs start again at once, with time to finish: SLURM alone makes them wait for two minutes."""
+        while not self._stopping.wait(0.5):
+            waiting = self.run("squeue", "--noheader", "--states=PENDING", "--format=%i|%r", check=False)
+            for line in waiting.splitlines():
+                job, _, reason = line.partition("|")
+                if reason == "BeginTime":
+                    self.run("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60", check=False)
 
     def start_node(self, node: str) -> None:
         """Starts the slurmd of a node, again where it was killed."""
@@ -160,14 +182,12 @@ class Cluster:
         """For example RUNNING."""
         return self.job(job)["JobState"]
 
-    def wait_for_end(self, job: str, seconds: float = 240.0) -> str:
-        """The final state of a job. A requeued job waits for its turn again; the wait of SLURM is cut short."""
+    def wait_for_end(self, job: str, seconds: float = 400.0) -> str:
+        """The final state of a job."""
 
         def ended() -> str | None:
-            facts = self.job(job)
-            if facts["JobState"] == "PENDING" and facts.get("Reason") == "BeginTime":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-            return facts["JobState"] if facts["JobState"] in ENDED else None
+            state = self.state(job)
+            return state if state in ENDED else None
 
         return str(wait_for(f"end of job {job}", ended, seconds, lambda: f"{self.job(job)}\n{self.logs()}"))
 
@@ -192,6 +212,9 @@ class Cluster:
 
     def stop(self) -> None:
         """Cancels what runs, ends the daemons, removes the directory."""
+        self._stopping.set()
+        if self._hastener.is_alive():
+            self._hastener.join()
         if "slurmctld" in self.daemons:
             self.run("scancel", "--user=root", check=False)
             deadline = time.monotonic() + 10

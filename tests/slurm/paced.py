@@ -1,6 +1,6 @@
-"""`megasparse ARGUMENTS` that waits before step MEGASPARSE_TEST_HOLD of a job's first attempt.
+"""`megasparse ARGUMENTS` that waits before step MEGASPARSE_TEST_HOLD of one attempt of a job (the first, 0).
 
-Each rank writes its process id to RUN/holding.RANK and goes on when RUN/go or RUN/stop is there, or after two minutes.
+Each rank writes its process id to RUN/holding.RANK and goes on when RUN/go or RUN/stop is there, or after ten minutes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import time
 from typing import Any
 
 from megasparse.cli import main
-from megasparse.training import loop
+
+# The helper process of a checkpoint imports this file too: what takes long to import is imported where it is used.
 
 
 def hold_before(step: int) -> None:
     """Puts the wait in front of `loop.prepare_step`."""
+    from megasparse.training import loop
+
     go_on = loop.prepare_step
 
     def prepare(run: Any, next_step: int) -> float:
@@ -25,7 +28,7 @@ def hold_before(step: int) -> None:
             own = directory / f"starting.{rank}"
             own.write_text(str(os.getpid()))
             own.rename(directory / f"holding.{rank}")
-            end = time.monotonic() + 120
+            end = time.monotonic() + 600
             while time.monotonic() < end and not any((directory / name).exists() for name in ("go", "stop")):
                 time.sleep(0.05)
         return go_on(run, next_step)
@@ -34,6 +37,7 @@ def hold_before(step: int) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and os.environ.get("MEGASPARSE_TEST_HOLD", "0") != "0":
-        hold_before(int(os.environ["MEGASPARSE_TEST_HOLD"]))
+    step = int(os.environ.get("MEGASPARSE_TEST_HOLD", "0"))
+    if step and os.environ.get("SLURM_RESTART_COUNT", "0") == os.environ.get("MEGASPARSE_TEST_HOLD_ATTEMPT", "0"):
+        hold_before(step)
     main(sys.argv[1:])

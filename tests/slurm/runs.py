@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from tests.launch import run_distributed
 from tests.slurm.cluster import Cluster, wait_for
 from tests.training.cases import VOCABULARY, write_data
 
@@ -20,35 +24,46 @@ STEPS = 12
 
 
 class Workplace:
-    """A working directory with data and a configuration of two layers.
+    """A working directory, with a checkout of the project, data and a configuration of two layers in it.
 
-    Jobs run `paced_python`: with `hold=STEP` the ranks of the first attempt wait before that step until the test or
-    the launcher has acted, so that no test depends on how fast the machine is.
+    Jobs run `paced_python`: with `hold=STEP` the ranks of one attempt wait before that step until the test or the
+    launcher has acted, so that no test depends on how fast the machine is.
     """
 
     def __init__(self, cluster: Cluster, directory: Path) -> None:
         self.cluster = cluster
         self.directory = directory
+        self.checkout = directory / "the checkout"
+        self.checkout.mkdir()
+        for name in ("megasparse", "tests"):
+            (self.checkout / name).symlink_to(ROOT / name)
+        shutil.copytree(ROOT / "slurm", self.checkout / "slurm")
+        (self.checkout / "slurm" / "site.sh").write_text(
+            f"export MEGASPARSE_PYTHON='{self.checkout}/tests/slurm/paced_python' OMP_NUM_THREADS=1\n"
+            f"export MEGASPARSE_TEST_PYTHON='{sys.executable}' GLOO_SOCKET_IFNAME=lo\n"
+            '((${SLURM_RESTART_COUNT:-0} < 2)) || MEGASPARSE_PREFLIGHT=0\n'
+            'export MEGASPARSE_PREFLIGHT="${MEGASPARSE_PREFLIGHT:-0}"\n'
+        )
         write_data(directory / "text", documents=200, seed=1)
         self.config = directory / "tiny.yaml"
         self.config.write_text(yaml.safe_dump(configuration()))
-        (directory / "site.sh").write_text(
-            f"export MEGASPARSE_ROOT='{ROOT}' MEGASPARSE_PYTHON='{ROOT}/tests/slurm/paced_python'\n"
-            f"export MEGASPARSE_TEST_PYTHON='{sys.executable}' OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo\n"
-        )
 
     def run_directory(self, name: str) -> Path:
         """Where the run of this name writes."""
         return self.directory / "runs" / name
 
-    def alone(self, name: str, *overrides: str) -> dict[int, dict[str, Any]]:
-        """Trains in one process without SLURM; its metrics."""
-        subprocess.run(
-            [sys.executable, "-m", "megasparse", "pretrain", self.config.name, f"run.name={name}", *overrides],
-            cwd=self.directory, check=True, timeout=120, capture_output=True,
-            env={**self.cluster.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    def command(self, *arguments: str) -> str:
+        """What `megasparse ARGUMENTS` prints where one submits."""
+        done = subprocess.run(
+            [sys.executable, "-m", "megasparse", *arguments], cwd=self.directory, capture_output=True, text=True,
+            env={**self.cluster.environment, "PYTHONPATH": str(ROOT)}, timeout=120,
         )  # fmt: skip
-        return self.metrics(name)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def alone(self, *arguments: str) -> str:
+        """What `megasparse ARGUMENTS` prints as one process without SLURM."""
+        return str(run_distributed(1, "tests.slurm.runs:megasparse", str(self.directory), list(arguments))[0])
 
     def submit(
         self,
@@ -65,19 +80,16 @@ class Workplace:
         answer = subprocess.run(
             [
                 "sbatch", "--parsable", f"--job-name={name}", f"--nodes={nodes}", "--ntasks-per-node=1",
-                "--cpus-per-task=1", "--gpus-per-node=0", "--mem=100", "--oversubscribe", "--time=10", *flags,
-                str(ROOT / "slurm" / script), config, *overrides,
+                "--cpus-per-task=1", "--gpus-per-node=0", "--mem=100", "--oversubscribe", "--time=30", *flags,
+                str(self.checkout / "slurm" / script), config, *overrides,
             ],
-            cwd=self.directory, capture_output=True, text=True, timeout=30,
-            env={
-                **self.cluster.environment, "MEGASPARSE_SITE": str(self.directory / "site.sh"),
-                "MEGASPARSE_PREFLIGHT": "0", "MEGASPARSE_TEST_HOLD": str(hold), **environment,
-            },
+            cwd=self.directory, capture_output=True, text=True, timeout=60,
+            env={**self.cluster.environment, "MEGASPARSE_TEST_HOLD": str(hold), **environment},
         )  # fmt: skip
         assert answer.returncode == 0, answer.stderr
         return answer.stdout.strip()
 
-    def wait_for_hold(self, name: str, ranks: int = 2, seconds: float = 200.0) -> dict[int, int]:
+    def wait_for_hold(self, name: str, ranks: int = 2, seconds: float = 400.0) -> dict[int, int]:
         """Waits until all ranks hold; their process ids by rank."""
         directory = self.run_directory(name)
 
@@ -105,10 +117,25 @@ class Workplace:
         """The records of requeues.jsonl."""
         return [json.loads(line) for line in (self.run_directory(name) / "requeues.jsonl").read_text().splitlines()]
 
-    def log(self, name: str) -> str:
-        """All merged logs of a run, and what the batch scripts printed before they had a run directory."""
-        paths = [*sorted(self.run_directory(name).glob("logs/*/job.log")), *self.directory.glob(f"slurm-{name}-*.out")]
+    def output(self, name: str) -> str:
+        """What the batch scripts of a job name printed, before they had a run directory."""
+        paths = sorted(self.directory.glob(f"slurm-{name}-*.out"))
         return "\n".join(path.read_text(errors="replace") for path in paths)
+
+    def log(self, name: str) -> str:
+        """All merged logs of a run, and `output`."""
+        paths = sorted(self.run_directory(name).glob("logs/*/job.log"))
+        return "\n".join([*(path.read_text(errors="replace") for path in paths), self.output(name)])
+
+
+def megasparse(directory: str, arguments: list[str]) -> str:
+    """What `megasparse ARGUMENTS` prints in that directory, in a worker of `run_distributed`."""
+    from megasparse.cli import build_parser
+
+    with contextlib.chdir(directory), contextlib.redirect_stdout(io.StringIO()) as output:
+        args = build_parser().parse_args(arguments)
+        assert args.run(args) == 0
+    return output.getvalue()
 
 
 def configuration() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 
 from megasparse.slurm.launch import LAUNCHERS, LaunchFileError, read_job, render
 from megasparse.slurm.status import Status, StatusError, status_of
-from tests.slurm.runs import ROOT, Workplace
+from tests.slurm.runs import ROOT
 
 
 def write(path: Path, content: dict[str, Any]) -> Path:
@@ -95,37 +94,3 @@ def test_status_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_status_of_no_run(tmp_path: Path) -> None:
     with pytest.raises(StatusError, match="not the directory of a run"):
         status_of(tmp_path, now=0.0)
-
-
-def test_launched_run_trains_and_its_status_is_told(place: Workplace) -> None:
-    directory = place.directory
-    write(
-        directory / "job.yaml",
-        {
-            "job": "pretrain", "name": "launched", "arguments": ["tiny.yaml"],
-            "sbatch": {"nodes": 1, "ntasks-per-node": 1, "gpus-per-node": 0, "mem": 100, "exclusive": False,
-                       "oversubscribe": True, "time": 10, "signal": "B:USR1@60"},
-            "environment": {"MEGASPARSE_SITE": str(directory / "site.sh"), "MEGASPARSE_PREFLIGHT": 0},
-            "then": [{"job": "evaluate", "arguments": ["runs/launched", "training.eval_steps=1"], "name": "judged",
-                      "environment": {"MEGASPARSE_SITE": str(directory / "site.sh")},
-                      "sbatch": {"ntasks-per-node": 1, "gpus-per-node": 0, "mem": 100, "exclusive": False,
-                                 "oversubscribe": True, "time": 10}}],
-        },
-    )  # fmt: skip
-
-    def megasparse(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "megasparse", *arguments], cwd=directory, capture_output=True, text=True,
-            env={**place.cluster.environment, "PYTHONPATH": str(ROOT)}, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    trained, judged = (line.split()[0] for line in megasparse("launch", "job.yaml").splitlines())
-    assert place.cluster.wait_for_end(trained) == "COMPLETED", place.log("launched")
-    status = json.loads(megasparse("status", "runs/launched", "--json"))
-    assert (status["job"], status["state"], status["step"], status["eta_seconds"]) == (trained, "COMPLETED", 12, 0.0)
-    assert status["loss"] == place.metrics("launched")[12]["loss/lm"]
-    assert f"job {trained}: COMPLETED" in megasparse("status", "runs/launched")
-    assert place.cluster.wait_for_end(judged) == "COMPLETED", place.log("judged")
-    assert "eval/ppl" in place.log("judged")
