@@ -28,6 +28,13 @@ DISTURBED = (
 """Fixtures that wait for a job to hold and do something to it; in the order in which they hold the machine up least."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test waits for most of what all of them need."""
+    for item in items:
+        if "place" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A running cluster."""
