@@ -74,7 +74,7 @@ class StageMemory:
     activations_sparse: int
     """All MLPs on the sparse path at the assumed L0."""
     workspace: int
-    """Largest temporaries: logits and their gradient on the last stage, or one layer's backward."""
+    """Largest temporaries: logits on the last stage, or one layer's backward."""
 
     def total(self, sparse: bool) -> int:
         activations = self.activations_sparse if sparse else self.activations_dense
@@ -283,9 +283,9 @@ def _layer_saved(cfg: Config, mlp: int) -> float:
 
 
 def _workspace(cfg: Config, last: bool) -> int:
-    """Largest temporaries: on the last stage the logits, their fp32 copy and gradient; else an MLP's backward."""
+    """Largest temporaries: on the last stage the logits, which their gradient overwrites; else an MLP's backward."""
     tokens, tensor, element = _tokens(cfg), cfg.parallel.tensor, _element(cfg)
     width = (3 if cfg.model.gated else 2) * cfg.model.ffn_hidden_size // tensor
     backward = tokens * (width + 2 * cfg.model.hidden_size) * element
-    logits = tokens * cfg.padded_vocab_size() // tensor * (2 * element + 4) if last else 0
+    logits = tokens * cfg.padded_vocab_size() // tensor * element if last else 0
     return max(backward, logits)

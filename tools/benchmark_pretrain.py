@@ -6,11 +6,11 @@
     tools/benchmark_pretrain.py CONFIG ... --train-minutes 4 --train-layers 8 after training it with 8 layers, grown
 
 `dense` and `sparse` are one model with one optimizer: its MLPs are switched between the dense path and the paths that
-their routers chose. `--baseline megatron` adds Megatron-Core's own GPT layer with its dense MLP, the same weights and
-the same function, as a second model, and the same with SwiGLU in place of the gated ReLU. Windows of `--steps` steps
-(data loading, forward, backward, optimizer: the loop of `megasparse pretrain`) alternate, `--rounds` times, so that all
-see the same state of the card. All read the same samples from the first on, and the learning rate is so small that the
-weights, and with them the sparsity, stay.
+their routers chose. `--baseline megatron` adds a second model with the same weights and the same function: Megatron-
+Core's own GPT layer with its dense MLP, and its fused loss; and the same with SwiGLU in place of the gated ReLU.
+Windows of `--steps` steps (data loading, forward, backward, optimizer: the loop of `megasparse pretrain`) alternate,
+`--rounds` times, so that all see the same state of the card. All read the same samples from the first on, and the
+learning rate is so small that the weights, and with them the sparsity, stay.
 
 `--train-layers` trains a model with fewer layers, then repeats each of its layers in place (megatron/transfer.py)
 and trains the whole for `--settle-minutes`. What sparsity that led to is measured in the model that is timed, and
@@ -98,11 +98,12 @@ def measure(bench: Bench) -> None:
         del run
         clean()
     other = baseline(bench, weights)
-    variants.append(Variant(arguments.baseline, other, still, bench.loader(still, other), []))
+    its_loss = {"own_cross_entropy": False}
+    variants.append(Variant(arguments.baseline, other, still, bench.loader(still, other), [], its_loss))
     if bench.cfg.model.gated:
         # What most dense models are: its activation is fused, Megatron's ReLU is not.
         fused = torch.cuda.is_available()
-        swiglu = {"activation_func": torch.nn.functional.silu, "bias_activation_fusion": fused}
+        swiglu = {"activation_func": torch.nn.functional.silu, "bias_activation_fusion": fused, **its_loss}
         name = f"{arguments.baseline}, SwiGLU"
         variants.append(Variant(name, other, still, bench.loader(still, other), [], swiglu))
     for variant in variants:

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megasparse.config import Config, RopeScaling
 from megasparse.megatron.cpu_runtime import enable_cpu_runtime
+from megasparse.megatron.cross_entropy import cross_entropy
 from megasparse.megatron.init import initialize
 from megasparse.megatron.sparse_mlp import iter_sparse_mlps
 from megasparse.megatron.spec import block_spec, layer_spec, resolve_implementation
@@ -94,6 +95,20 @@ def transformer_config(cfg: Config) -> TransformerConfig:
     )
 
 
+class LanguageModel(GPTModel):
+    """Megatron's GPTModel with this package's cross entropy."""
+
+    own_cross_entropy = True
+    """False: Megatron's."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels [b, s], logits [s, b, V / tp] (which the backward overwrites) -> loss of every token, fp32 [b, s]."""
+        if not self.own_cross_entropy:
+            return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
+        loss = cross_entropy(logits.contiguous(), labels.t().contiguous(), self.pg_collection.tp)
+        return loss.t().contiguous()
+
+
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
@@ -114,7 +129,7 @@ def build_model(cfg: Config, layer: ModuleSpec | None = None) -> list[GPTModel]:
     virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in [None] if virtual is None else range(virtual):
-        chunk = GPTModel(
+        chunk = LanguageModel(
             config=config,
             transformer_layer_spec=block_spec(config, layer, cfg.model.implementation, stage),  # type: ignore[arg-type]
             vocab_size=cfg.padded_vocab_size(),

@@ -62,7 +62,7 @@ def name_parts(chunks: Sequence[nn.Module]) -> Iterator[None]:
     handles = []
     for chunk in chunks:
         for module in chunk.modules():
-            if type(module).__name__ == "GPTModel":
+            if any(kind.__name__ == "GPTModel" for kind in type(module).__mro__):
                 handles += _range_around(module, HEAD)
             for name, child in module.named_children():
                 if name in _BY_ATTRIBUTE:
