@@ -36,6 +36,7 @@ METHODS = [
     ("megatron.core.transformer.transformer_layer", "TransformerLayer", "_forward_mlp", ("padding_mask",)),
     ("megatron.core.transformer.transformer_block", "TransformerBlock", "forward", ("padding_mask",)),
     ("megatron.core.models.gpt", "GPTModel", "forward", ("padding_mask", "labels")),
+    ("megatron.core.models.gpt", "GPTModel", "compute_language_model_loss", ("labels", "logits")),
     ("megatron.core.dist_checkpointing", "ShardedTensor", "from_rank_offsets", ("prepend_axis_num", "replica_id")),
 ]  # fmt: skip
 
