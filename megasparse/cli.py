@@ -243,8 +243,10 @@ def _preprocess(args: argparse.Namespace) -> int:
 
 
 def _quiet_megatron() -> None:
-    """Megatron warns of absent optional packages, from every rank; `megasparse doctor` says it once, with the cost."""
+    """Megatron warns of absent optional packages, from every rank; `megasparse doctor` says it once, with the cost.
+    And torch warns of what Megatron's checkpoints use of it."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint")
 
 
 def _pretrain(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def main() -> None:
 
 def training_tokens(prefix: str) -> np.ndarray:
     """uint16 [tokens] of the documents for training."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # of optional packages that training alone uses
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     documents = IndexedDataset(prefix)  # kept while its lengths are read: it unmaps the file when it goes

@@ -111,10 +111,9 @@ def save_all(folder: Path, names: list[str], parallel: dict[str, int]) -> dict[s
 
 def save(raw: dict[str, Any], path: Path, vocabulary: int, bf16: bool = False) -> np.ndarray | None:
     """Save a checkpoint as training does; every parameter has random values. Returns the logits."""
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import parallel_state
 
     from megasparse.megatron.init import global_name
-    from megasparse.training.checkpoint_files import seal
 
     cfg, model = _start(raw)
     first = model.decoder.layers[0].layer_number - 1
@@ -130,6 +129,16 @@ def save(raw: dict[str, Any], path: Path, vocabulary: int, bf16: bool = False) -
     logits = _logits(model, vocabulary)
     if bf16:
         model.bfloat16()
+    _write(cfg, model, path)
+    return logits
+
+
+def _write(cfg: Any, model: Any, path: Path) -> None:
+    """A checkpoint of the model at its layout, in the formats that training saves."""
+    from megatron.core import dist_checkpointing
+
+    from megasparse.training.checkpoint_files import seal
+
     if dist.get_rank() == 0:
         path.mkdir(parents=True)
     dist.barrier()
@@ -141,15 +150,15 @@ def save(raw: dict[str, Any], path: Path, vocabulary: int, bf16: bool = False) -
     if dist.get_rank() == 0:
         seal(path, 7)
     dist.barrier()
-    return logits
 
 
 def load(raw: dict[str, Any], path: Path, vocabulary: int) -> np.ndarray | None:
-    """Logits after loading a checkpoint as `checkpoint.load` does."""
+    """Logits after loading a checkpoint as `checkpoint.load` does. It is saved again beside it, as `saved-again`."""
     from megasparse.training.checkpoint import Checkpointer
 
     cfg, model = _start(raw)
     Checkpointer(cfg).load_weights(path, [model], None)
+    _write(cfg, model, path.parent / "saved-again")
     return _logits(model, vocabulary)
 
 

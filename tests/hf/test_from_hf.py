@@ -20,6 +20,7 @@ from megasparse.config import ModelConfig, load_config
 from megasparse.hf.config import to_hf_config
 from megasparse.hf.errors import ConvertError
 from megasparse.hf.from_hf import FromHf, convert_from_hf
+from megasparse.hf.hashes import hash_tensors
 from megasparse.hf.to_hf import ToHf, convert_to_hf
 from tests.hf.cases import MODELS, VOCABULARY, config_of, contents, inputs
 from tests.launch import run_distributed
@@ -27,7 +28,7 @@ from tests.launch import run_distributed
 CONFIG_FIELDS = (
     "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
-    "vocab_size", "initializer_range", "dtype", "eos_token_id", "bos_token_id",
+    "vocab_size", "initializer_range", "dtype", "hidden_act", "eos_token_id", "bos_token_id",
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_the_way_back_is_bit_identical(name: str, dtype: torch.dtype, tmp_path: 
     assert contents(tmp_path / "in") == before
 
 
-def test_megatron_computes_the_same_at_any_layout(tmp_path: Path) -> None:
+def test_megatron_computes_and_saves_the_same_at_any_layout(tmp_path: Path) -> None:
     expected, cases = {}, []
     for name in ("llama-tied", "llama-untied-gqa-scaled", "qwen3-bias", "arcee-bias"):
         built = make_model(name, tmp_path / name / "in")
@@ -103,6 +104,7 @@ def test_megatron_computes_the_same_at_any_layout(tmp_path: Path) -> None:
     for name, logits in found.items():
         assert np.abs(expected[name]).max() > 0.5
         assert np.abs(logits - expected[name]).max() < 1e-5, name
+        assert list(hash_tensors(tmp_path / name / "in")) == list(hash_tensors(tmp_path / name / "saved-again"))
 
 
 def test_another_activation_becomes_relu_and_is_said(tmp_path: Path) -> None:
