@@ -250,24 +250,29 @@ def report(layer: Layer, results: dict[str, Any]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """One line of charts for every shape."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
-    names = [f"{row['name']}\nL0 {row['l0']:.0f}\n{'/'.join(map(str, row['shape'].values()))}" for row in rows]
-    variant_names = list(rows[0]["results"])
-    for axis, key, title in zip(axes, ("forward_ms", "both_ms"), ("forward", "forward + backward"), strict=True):
-        for i, variant in enumerate(variant_names):
-            values = [row["results"][variant][key]["median"] if variant in row["results"] else 0 for row in rows]
-            axis.bar([j + (i - 1.5) * 0.2 for j in range(len(rows))], values, 0.2, label=variant)
-        axis.set_xticks(range(len(rows)), names, fontsize=7)
-        axis.set_title(title)
-        axis.set_ylabel("ms")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    shapes = list(dict.fromkeys(tuple(row["shape"].values()) for row in rows))
+    names = list(rows[0]["results"])
+    figure, grid = plt.subplots(len(shapes), 2, figsize=(15, 3.6 * len(shapes)), squeeze=False, layout="constrained")
+    for axes, of_shape in zip(grid, shapes, strict=True):
+        cases = [row for row in rows if tuple(row["shape"].values()) == of_shape]
+        labels = [f"{row['name']}\nL0 {row['l0']:.0f}\nunion {row['union_fraction']:.2f}" for row in cases]
+        for axis, key, title in zip(axes, ("forward_ms", "both_ms"), ("forward", "forward + backward"), strict=True):
+            for i, name in enumerate(names):
+                values = [row["results"][name][key]["median"] for row in cases]
+                places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(cases))]
+                axis.bar(places, values, 0.8 / len(names), label=name)
+            axis.set_xticks(range(len(cases)), labels, fontsize=7)
+            axis.set_title("{}: M {}, D {}, H {}".format(title, *of_shape), fontsize=10)
+        axes[0].set_ylabel("ms")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Lets Megatron-Core 0.16's distributed optimizer load a checkpoint where torch's AdamW is the optimizer.
+"""Lets Megatron-Core train with torch's AdamW, and load a checkpoint into it.
 
-Without Transformer Engine and Apex, Megatron uses torch's AdamW, whose state has a `step` for every parameter. Three
-places of the distributed optimizer overlook that. It asks for the step before there is any state. Loading, it gives all
+Megatron takes the Adam of Transformer Engine or Apex wherever one is installed, also where there is no GPU to run it.
+Without them it uses torch's AdamW, whose state has a `step` for every parameter. Three places of 0.16's distributed
+optimizer overlook that. It asks for the step before there is any state. Loading, it gives all
 parameters one and the same tensor as their step, which every parameter's update then advances. And loading the
 `fully_reshardable` format it looks for a `step` among each parameter's loaded tensors, where it is not.
 """
@@ -11,7 +12,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron import core
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as mixed_precision
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def choose_torch_adam_without_cuda() -> None:
+    """Have Megatron take torch's AdamW and arithmetic where there is no GPU, whatever is installed.
+
+    Call it before making optimizers. It sets what Megatron itself sets where neither package is installed.
+    """
+    if torch.cuda.is_available():
+        return
+    core.optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    for module in (clip_grads, mixed_precision):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
 
 
 def prepare_torch_adam(optimizer: Any) -> None:

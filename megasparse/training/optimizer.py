@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from megasparse.config import Config
-from megasparse.megatron.torch_adam import prepare_torch_adam
+from megasparse.megatron.torch_adam import choose_torch_adam_without_cuda, prepare_torch_adam
 
 
 def wrap_in_ddp(cfg: Config, chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -62,6 +62,7 @@ def build_optimizer(cfg: Config, model: Sequence[torch.nn.Module]) -> Any:
         excluded = _excluded_from_weight_decay(section.weight_decay_exclude)
         key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=excluded))
         overrides[key] = {"wd_mult": 0.0}
+    choose_torch_adam_without_cuda()
     optimizer = get_megatron_optimizer(config, list(model), config_overrides=overrides)
     prepare_torch_adam(optimizer)
     return optimizer

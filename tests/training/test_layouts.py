@@ -14,17 +14,17 @@ STEPS = 20
 TOLERANCE = 1e-5
 """Relative; of fp32 sums in another order."""
 
+OVERLAPPED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor": 2}),
     "tp2-sp": (2, {"tensor": 2, "sequence_parallel": True}),
+    "tp2-sp-overlapped": (2, {"tensor": 2, "sequence_parallel": True, **OVERLAPPED}),
     "pp2": (2, {"pipeline": 2}),
     "pp2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "dp2": (2, {}),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),
-    "dp2-overlapped": (
-        2,
-        {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
-    ),
+    "dp2-overlapped": (2, OVERLAPPED),
     "cp2": (2, {"context": 2}),
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "tp2-sp-dp2-distributed-optimizer": (4, {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}),
