@@ -20,7 +20,7 @@ from megasparse.training.data import StepLoader
 from megasparse.training.datasets import build_datasets, validation_samples
 from megasparse.training.distributed import initialize, read_environment, shut_down
 from megasparse.training.layer_stats import LayerCounter
-from megasparse.training.step import reduce_losses, run_schedule
+from megasparse.training.step import read_reduction, run_schedule, start_reduction
 
 
 def run_validation(
@@ -39,8 +39,8 @@ def run_validation(
         counter.begin()
         for _ in range(cfg.training.eval_steps):
             reports = run_schedule(cfg, model, loader.next_step(), forward_only=True)
-            loss, count, _, _ = reduce_losses(reports, device)
-            total, tokens = total + loss, tokens + count
+            losses = read_reduction(start_reduction(reports, device))
+            total, tokens = total + losses.total, tokens + losses.tokens
         counter.end()
         counts = counter.take()
     loader.close()

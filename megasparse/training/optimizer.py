@@ -1,8 +1,7 @@
-"""AdamW by Megatron-Core: parameter groups, distributed optimizer, and a step which refuses non-finite gradients."""
+"""AdamW by Megatron-Core: parameter groups, distributed optimizer, clipping."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ def wrap_in_ddp(cfg: Config, chunks: Sequence[torch.nn.Module]) -> list[torch.nn
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        # Non-finite gradients are looked for once a step, in the global norm: see step_optimizer.
+        # Non-finite gradients are looked for once a step, in the global norm: see train_step.
         check_for_nan_in_grad=False,
     )
     # Nothing is broadcast: every parameter is made from (seed, name), equal on all data-parallel ranks.
@@ -84,23 +83,16 @@ def _excluded_from_weight_decay(kinds: Sequence[str]) -> Callable[[torch.nn.Para
     return excluded
 
 
-def step_optimizer(optimizer: Any, loss_is_finite: bool) -> tuple[bool, float]:
-    """Clips the gradients and updates the parameters, unless the loss or the gradient is not finite.
-
-    All ranks get the same answer: the norm is that of the whole gradient of the job.
+def clip_gradients(optimizer: Any) -> float:
+    """Clips the gradients to the configured norm. All ranks get the same answer: the norm of the job's whole gradient.
 
     Returns:
-        whether the parameters were updated, and the gradient's L2 norm before clipping.
+        the L2 norm before clipping. Where it is not finite, clipping did nothing of use: do not update.
     """
     optimizer.prepare_grads()
     inner = _only_optimizer(optimizer)
     clip = inner.config.clip_grad
-    # With a norm that is not finite clipping does nothing of use; those gradients are thrown away below.
-    norm = float(inner.clip_grad_norm(clip) if clip > 0 else inner.get_grad_norm())
-    if not (loss_is_finite and math.isfinite(norm)):
-        return False, norm
-    optimizer.step_with_ready_grads()
-    return True, norm
+    return float(inner.clip_grad_norm(clip) if clip > 0 else inner.get_grad_norm())
 
 
 def _only_optimizer(optimizer: Any) -> Any:

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 from megasparse.config import Config
 from megasparse.monitoring.breakdown import GRADIENTS, OPTIMIZER
 from megasparse.training.data import MicroBatch
-from megasparse.training.optimizer import step_optimizer
+from megasparse.training.optimizer import clip_gradients
 from megasparse.training.signals import StopReason
 
 
@@ -100,16 +100,26 @@ def run_schedule(
     )
 
 
-def reduce_losses(
+class ReducedLosses(NamedTuple):
+    """Of all micro-batches of the job, the same on every rank."""
+
+    total: float
+    """Sum over counted tokens."""
+    tokens: int
+    """Counted tokens."""
+    not_finite_ranks: list[int]
+    stop: StopReason
+
+
+def start_reduction(
     reports: Sequence[dict[str, torch.Tensor]], device: torch.device, stop: StopReason = StopReason.NONE
-) -> tuple[float, int, list[int], StopReason]:
-    """One all-reduce over the job: (loss sum, counted tokens, ranks with a loss that is not finite, why to stop).
+) -> torch.Tensor:
+    """One all-reduce over the job, for `read_reduction`. It waits for no GPU.
 
     Every model replica counts once: its last stage reports, on the first tensor-parallel rank.
     """
     reasons = len(StopReason)
-    world = dist.get_world_size()
-    row = torch.zeros(2 + reasons + world, dtype=torch.float64, device=device)
+    row = torch.zeros(2 + reasons + dist.get_world_size(), dtype=torch.float64, device=device)
     row[2 + stop] = 1.0
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         loss = torch.stack([report["loss"].double() for report in reports]).sum()
@@ -117,10 +127,15 @@ def reduce_losses(
         row[1] = torch.stack([report["tokens"] for report in reports]).sum()
         row[2 + reasons + dist.get_rank()] = (~torch.isfinite(loss)).double()
     dist.all_reduce(row)
-    values = row.tolist()
+    return row
+
+
+def read_reduction(row: torch.Tensor) -> ReducedLosses:
+    """Waits for the GPU."""
+    values, reasons = row.tolist(), len(StopReason)
     stops = [reason for reason in StopReason if values[2 + reason] > 0]
-    bad = [rank for rank in range(world) if values[2 + reasons + rank] > 0]
-    return values[0], int(values[1]), bad, max(stops)
+    bad = [rank for rank, value in enumerate(values[2 + reasons :]) if value > 0]
+    return ReducedLosses(values[0], int(values[1]), bad, max(stops))
 
 
 def train_step(
@@ -148,8 +163,13 @@ def train_step(
     reports = run_schedule(cfg, model, batches, forward_only=False)
     if after_backward is not None:
         after_backward()
-    total, tokens, bad, reason = reduce_losses(reports, batches[0].tokens.device, stop)
-    loss = total / tokens if tokens else 0.0
+    # The GPU is still in the backward: what follows is launched behind it, before the first number is waited for.
+    row = start_reduction(reports, batches[0].tokens.device, stop)
     with record_function(OPTIMIZER):
-        updated, norm = step_optimizer(optimizer, math.isfinite(loss))
-    return StepResult(loss, tokens, norm, updated, bad, reason)
+        norm = clip_gradients(optimizer)
+        losses = read_reduction(row)
+        loss = losses.total / losses.tokens if losses.tokens else 0.0
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            optimizer.step_with_ready_grads()
+    return StepResult(loss, losses.tokens, norm, finite, losses.not_finite_ranks, losses.stop)
