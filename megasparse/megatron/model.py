@@ -82,8 +82,6 @@ def transformer_config(cfg: Config) -> TransformerConfig:
         # Interleaved stages send to both neighbours at once, which on two stages is the same pair of ranks.
         overlap_p2p_comm=chunks is not None,
         batch_p2p_comm=chunks is None,
-        # The requests are waited for on the stream; the host need not stop too, as it had to before PyTorch 2.
-        batch_p2p_sync=False,
         # Gloo may still be sending what this frees; NCCL's streams keep it alive.
         deallocate_pipeline_outputs=cuda and parallel.pipeline > 1,
         calculate_per_token_loss=True,
