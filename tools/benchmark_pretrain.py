@@ -98,6 +98,7 @@ def measure(bench: Bench) -> None:
         del run
         clean()
     other = baseline(bench, weights)
+    del weights
     its_loss = {"own_cross_entropy": False}
     variants.append(Variant(arguments.baseline, other, still, bench.loader(still, other), [], its_loss))
     if bench.cfg.model.gated:
@@ -192,7 +193,7 @@ def baseline(bench: Bench, weights: list[dict[str, torch.Tensor]]) -> Run:
     normalization = "RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm"
     layer = megatron_layer_spec(model.implementation, qk_norm=model.qk_norm, normalization=normalization)
     folder = bench.arguments.out / "baseline"
-    other = bench.build(changed(bench.cfg, ["sparsity.l1.mode=off", *places(folder)]), layer)
+    other = bench.build(changed(bench.cfg, [*bench.batch, "sparsity.l1.mode=off", *places(folder)]), layer)
     other.loader.close()
     set_weights(other.state.model, weights)
     other.state.optimizer.reload_model_params()

@@ -43,6 +43,8 @@ class Bench:
         self.device = initialize(cfg, self.launch)
         self.stop = StopWatcher()
         self.started = time.perf_counter()
+        # Of every model, as the order of the samples depends on how many there are to be.
+        self.batch = [f"training.global_batch_size={arguments.train_batch}"] if arguments.train_batch else []
         self.record: dict[str, Any] = {
             "environment": describe_environment(self.launch.world_size),
             "config": cfg.model_dump(mode="json"),
@@ -113,7 +115,7 @@ def sparse_run(bench: Bench) -> Run:
     history: list[dict[str, Any]] = []
     bench.record["sparsity_from"] = history
     grown = arguments.train_layers and arguments.train_layers < cfg.model.num_layers
-    batch = [f"training.global_batch_size={arguments.train_batch}"] if arguments.train_batch else []
+    batch = list(bench.batch)
     if arguments.load:
         history.append({"what": f"weights of {arguments.load}"})
         batch.append(f"checkpoint.load={arguments.load}")

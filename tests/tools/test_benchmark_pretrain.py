@@ -24,8 +24,8 @@ def test_trains_grows_measures_and_reports(tmp_path: Path, data_folder: Path) ->
     out = tmp_path / "out"
     command = [
         sys.executable, "tools/benchmark_pretrain.py", str(tmp_path / "config.yaml"), "optimizer.lr=1e-3",
-        "--train-minutes", "0.03", "--train-layers", "2", "--settle-minutes", "0.01", "--baseline", "megatron", "--try",
-        "gradient_accumulation_fusion=False",
+        "--train-minutes", "0.03", "--train-layers", "2", "--train-batch", "2", "--settle-minutes", "0.01",
+        "--baseline", "megatron", "--try", "gradient_accumulation_fusion=False",
         "--rounds", "2", "--steps", "1", "--out", str(out),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
