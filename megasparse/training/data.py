@@ -10,6 +10,7 @@ of one model replica the same ones: middle pipeline stages need the loss mask to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
@@ -84,7 +85,8 @@ class StepLoader:
         self._device = device
         self._per_step = cfg.num_microbatches(world_size)
         self.wait_seconds = 0.0
-        """Time that the last `next_step` spent waiting for data."""
+        """Time spent waiting for the data that the last `next_step` gave, then or ahead of it."""
+        self._ahead: tuple[list[dict[str, torch.Tensor]], float] | None = None
         sampler = MicroBatchSampler(
             consumed_samples,
             cfg.training.micro_batch_size,
@@ -111,10 +113,20 @@ class StepLoader:
         Raises:
             StopIteration: there are no more samples.
         """
+        raw, self.wait_seconds = self._ahead or self._read()
+        self._ahead = None
+        return [make_micro_batch(self._cfg, sample, self._device) for sample in raw]
+
+    def look_ahead(self) -> None:
+        """Reads the next step into the host's memory: call it while the GPU has other work."""
+        with contextlib.suppress(StopIteration):  # there may be no next step
+            self._ahead = self._ahead or self._read()
+
+    def _read(self) -> tuple[list[dict[str, torch.Tensor]], float]:
+        """Samples of a step by micro-batch, and the seconds that they took."""
         start = time.perf_counter()
         raw = [next(self._batches) for _ in range(self._per_step)]
-        self.wait_seconds = time.perf_counter() - start
-        return [make_micro_batch(self._cfg, sample, self._device) for sample in raw]
+        return raw, time.perf_counter() - start
 
     def close(self) -> None:
         """Ends the workers."""

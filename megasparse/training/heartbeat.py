@@ -29,7 +29,10 @@ BEATS = 12
 """In LIMIT of the time of a collective; at most one in ten seconds."""
 SILENT = 4.0
 """Beats that a rank which runs may miss: it gets no processor, or shared storage is slow."""
-PHASES = ("before the first step", "reading data", "training", "after the update", "validation", "checkpoint")
+PHASES = (
+    "before the first step", "reading data", "training", "reading data ahead", "update", "after the update",
+    "validation", "checkpoint",
+)  # fmt: skip
 """In the order in which a step passes through them."""
 
 

@@ -2,7 +2,8 @@
 
 Each rank puts the counts of its own layers, tokens and neurons into one table of integers; one all-reduce over all
 ranks makes it the table of the model. It is started after the backward pass and read when the loss, which is reduced
-after it, has been read: nobody waits for it. Integer sums do not depend on their order, so every rank reads the same.
+after it, has been read: nobody waits for it, nor for the update in between. Integer sums do not depend on their order,
+so every rank reads the same.
 
 Under tensor parallelism neurons are sharded: `active` and `union` add up; tokens and tiles are the same on all
 tensor-parallel ranks and are counted on the first alone.
@@ -44,6 +45,7 @@ class LayerCounter:
         self._counts_tokens = parallel_state.get_tensor_model_parallel_rank() == 0
         self._before: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, Any] | None = None
+        """The reduced table on the host, and the CUDA event after which it is there (None without CUDA)."""
 
     def begin(self) -> None:
         """Before a step that is measured: the recorders go on counting for others, so differences are taken."""
@@ -54,15 +56,23 @@ class LayerCounter:
         if self._before is not None:
             table = self._table() - self._before
             self._before = None
-            self._pending = (table, dist.all_reduce(table, async_op=True))
+            dist.all_reduce(table)
+            if table.is_cuda:
+                # To the host behind the reduction, not behind the update, which `take` would otherwise wait for.
+                host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+                host.copy_(table, non_blocking=True)
+                self._pending = host, torch.cuda.current_stream().record_event()
+            else:
+                self._pending = table, None
 
     def take(self) -> LayerCounts | None:
         """The counts of the step that has ended; None where it was not measured."""
         if self._pending is None:
             return None
-        table, work = self._pending
+        table, copied = self._pending
         self._pending = None
-        work.wait()
+        if copied is not None:
+            copied.synchronize()
         rows = table.tolist()
         l0 = [active / tokens if tokens else 0.0 for tokens, active, _, _ in rows]
         union = [union / (tiles * self._width) if tiles else 0.0 for _, _, tiles, union in rows]

@@ -98,8 +98,15 @@ def run_step(run: Run) -> tuple[StepResult, Metrics]:
     batches = run.loader.next_step()
     run.heartbeat.at(run.state.step + 1, "training")
     state = run.state
+
+    def while_backward_runs() -> None:
+        run.counter.end()
+        run.heartbeat.at(state.step + 1, "reading data ahead")
+        run.loader.look_ahead()
+        run.heartbeat.at(state.step + 1, "update")
+
     result = train_step(
-        run.cfg, state.model, state.optimizer, batches, run.stop.local_reason(), after_backward=run.counter.end
+        run.cfg, state.model, state.optimizer, batches, run.stop.local_reason(), after_backward=while_backward_runs
     )
     run.heartbeat.at(state.step + 1, "after the update")
     reinitialised = finish_step(run, result)

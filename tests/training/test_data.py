@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megasparse.config import ConfigError, parse_config
-from megasparse.training.data import MicroBatchSampler, document_mask
+from megasparse.training.data import MicroBatchSampler, StepLoader, document_mask
 from megasparse.training.datasets import check_splits
 from tests.launch import run_distributed
 from tests.training.cases import END, configuration
@@ -24,6 +25,27 @@ def test_every_layout_takes_the_same_samples_in_each_step(ranks: int, micro: int
     for step in range((last - 8) // batch):
         taken = [i for stream in streams for rows in stream[step * per_step : (step + 1) * per_step] for i in rows]
         assert sorted(taken) == list(range(8 + step * batch, 8 + (step + 1) * batch))
+
+
+def test_reading_ahead_gives_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    dataset = [{name: torch.full((4,), index) for name in names} for index in range(10)]
+    data = configuration(Path("run"), "data", training={"micro_batch_size": 2, "global_batch_size": 4})
+    for name, value in (("rank", 0), ("world_size", 1)):
+        for group in ("data", "context"):
+            monkeypatch.setattr(parallel_state, f"get_{group}_parallel_{name}", lambda value=value: value)
+    loader = StepLoader(parse_config(data), dataset, 0, 10, 1, torch.device("cpu"))
+
+    def step() -> list[int]:
+        return [int(row[0]) for batch in loader.next_step() for row in batch.tokens]
+
+    loader.look_ahead()
+    loader.look_ahead()  # no further than one step
+    assert step() == [0, 1, 2, 3]
+    assert step() == [4, 5, 6, 7]
+    loader.look_ahead()  # two samples are left: no whole step
+    with pytest.raises(StopIteration):
+        step()
 
 
 def test_document_mask() -> None:
