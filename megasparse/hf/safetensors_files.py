@@ -153,15 +153,15 @@ class WeightFiles:
         return tuple(handle.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
+        """Raises ConvertError where it is none of float32, bfloat16, float16."""
         handle = self._file(self.files[name])
         code = _CODES.get(handle[name].dtype, "") if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
         for dtype, known in _CODES.items():
             if code == known:
                 return dtype
-        found = code or handle[name].dtype
         raise ConvertError(
-            f"{self.folder / self.files[name]}: {name} is of type {found}; give a model in float32, bfloat16 or "
-            "float16, not a quantised one"
+            f"{self.folder / self.files[name]}: {name} is of type {self.read(name).dtype}; give a model in "
+            "float32, bfloat16 or float16, not a quantised one"
         )
 
     def read(self, name: str) -> Tensor:

@@ -250,6 +250,7 @@ def _put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]],
         ("llama-tied", _put("lm_head.weight", torch.zeros(60, 32)), {}, "differs from the embedding"),
         ("llama-tied", _put("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(2)), {}, "adapter"),
         ("arcee-bias", _put("model.layers.0.self_attn.o_proj.bias", torch.ones(32)), {}, "o_proj.bias is not zero"),
+        ("llama-tied", _put("model.norm.weight", torch.ones(32, dtype=torch.int8)), {}, "is of type torch.int8"),
         ("llama-untied-gqa-scaled", _pop("lm_head.weight"), {}, "is missing: lm_head.weight"),
     ],
 )

@@ -90,4 +90,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ConvertError, match="int8"):
-        WeightFiles(tmp_path).read("a")
+        WeightFiles(tmp_path).dtype("a")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(4, dtype=torch.int8)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConvertError, match="int8"):
+        WeightFiles(tmp_path).dtype("a")
