@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
+from megasparse.host import host_name
 from megasparse.monitoring.energy import EnergyMeter
 from megasparse.monitoring.environment import describe_environment, record_start
 from megasparse.monitoring.memory import LayerMemoryProbe, PeakMemory, resident_bytes
@@ -25,6 +27,7 @@ from megasparse.monitoring.report import ReportError, write_report
 from megasparse.monitoring.sinks.console import ConsoleSink
 from megasparse.monitoring.sinks.jsonl import JsonlSink
 from megasparse.monitoring.sparsity import COLUMNS, SparsityMeter, l1_loss
+from megasparse.monitoring.stragglers import Stragglers
 from megasparse.monitoring.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -72,6 +75,9 @@ class Monitor:
         self._memory_step: int | None = None
         self._samples_memory = False
         self._spent = _Stopwatch()
+        places: list[tuple[str, int]] = [("", 0)] * world_size
+        dist.all_gather_object(places, (host_name(), parallel_state.get_pipeline_model_parallel_rank()))
+        self._stragglers = Stragglers([host for host, _ in places], [stage for _, stage in places])
         self._carried: dict[str, float] = {}
         self._directory = cfg.logging_directory
         self._console: ConsoleSink | None = None
@@ -124,7 +130,7 @@ class Monitor:
 
     def _begin_window(self, state: TrainState) -> None:
         self._window_tokens = state.consumed_tokens
-        self._window_steps, self._window_seconds = 0, 0.0
+        self._window_steps, self._window_seconds, self._window_own = 0, 0.0, 0.0
         self._window_started = time.perf_counter()
         self._spent.seconds = 0.0
 
@@ -141,6 +147,7 @@ class Monitor:
     def on_step_end(self, state: TrainState, metrics: Metrics) -> None:
         self._window_steps += 1
         self._window_seconds += float(metrics["perf/step_time_s"])
+        self._window_own += float(metrics["perf/own_time_s"])
         for name, value in metrics.items():
             if name.startswith("dead_neurons/") and isinstance(value, float | int):
                 self._carried[name] = self._carried.get(name, 0) + value
@@ -161,7 +168,10 @@ class Monitor:
         """Everything that takes measuring, reduced over all ranks. Collective."""
         layers = state.cfg.model.num_layers
         table = self._meter.table(window=min(state.cfg.sparsity.dead_window_steps, state.step))
-        sums = torch.cat([table.flatten(), table.new_tensor([self._energy.read(), float(self._energy.available)])])
+        own = [0.0] * dist.get_world_size()
+        own[dist.get_rank()] = self._window_own
+        energy = (self._energy.read(), float(self._energy.available))
+        sums = torch.cat([table.flatten(), table.new_tensor([*energy, *own])])
         data_wait = float(metrics.get("perf/data_wait_s", 0.0))
         maxima = table.new_tensor([*self._peak.read(), *resident_bytes(), data_wait])
         if self._samples_memory:
@@ -172,6 +182,7 @@ class Monitor:
 
         rows = [host[row * COLUMNS : (row + 1) * COLUMNS] for row in range(layers)]
         joules, metered, *rest = host[layers * COLUMNS :]
+        own, rest = rest[: len(own)], rest[len(own) :]
         peaks, data_wait, memory = rest[: len(_PEAKS)], rest[len(_PEAKS)], rest[len(_PEAKS) + 1 :]
         sparsity = self._meter.read(rows)
         result: dict[str, Value] = dict(self._meter.metrics(sparsity))
@@ -180,6 +191,7 @@ class Monitor:
             if value or not name.startswith("memory/peak_"):  # no allocator statistics without CUDA
                 result[name] = int(value)
         result["perf/data_wait_s"] = data_wait
+        result |= self._own_time(state, own)
         for index in range(len(memory) // 2):
             saved, peak = memory[2 * index : 2 * index + 2]
             if saved >= 0:
@@ -192,6 +204,15 @@ class Monitor:
         if metered == dist.get_world_size() and tokens > 0:
             result["energy/joules_per_token"] = joules / tokens
         return result
+
+    def _own_time(self, state: TrainState, own: list[float]) -> dict[str, Value]:
+        """Of each rank's own time in this window: the slowest rank's, which rank that is, and times its median."""
+        rank, share = self._stragglers.slowest(own)
+        finding = self._stragglers.add(own, self._window_steps)
+        if finding is not None and state.is_writer:
+            logger.warning(finding)
+        seconds = own[rank] / self._window_steps
+        return {"perf/own_time_s": seconds, "perf/slowest_rank": rank, "perf/slowest_rank_ratio": share}
 
     def _layer_memory(self, state: TrainState, like: torch.Tensor) -> torch.Tensor:
         """float64 [num_layers, 2] of this rank's saved and peak bytes, -1 where it has no measurement."""

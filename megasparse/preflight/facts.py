@@ -19,7 +19,8 @@ import torch
 
 import megasparse
 from megasparse.config import Config, ConfigError, LoadedConfig, check_files, load_with_origins
-from megasparse.training.launch_environment import Launch, host_name
+from megasparse.host import host_name
+from megasparse.training.launch_environment import Launch
 
 Facts = dict[str, Any]
 

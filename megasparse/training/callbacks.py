@@ -90,7 +90,8 @@ class Callback:
         `loss/lm` (mean cross entropy over the counted tokens of the global batch, nats), `grad_norm` (before
         clipping), `lr`, `l1/coeff` (mean over layers), `l1/layer_{i}/coeff`, `optim/skipped_steps` (total),
         `progress/tokens`, `progress/samples`, `perf/step_time_s` (wall clock, whole step), `perf/data_wait_s` (of it,
-        waiting for the data loader on this rank), and, when rows were re-initialised in this step,
+        waiting for the data loader on this rank), `perf/own_time_s` (of it, before waiting for other replicas, on this
+        rank), and, when rows were re-initialised in this step,
         `dead_neurons/layer_{i}/reinitialised`. Callbacks may add to it for those that follow.
         """
 

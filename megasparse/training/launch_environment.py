@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from dataclasses import dataclass
+
+from megasparse.host import host_name
 
 FIRST_PORT = 20000
 """SLURM jobs rendezvous at FIRST_PORT + job id % 10000: below the ephemeral range, and two jobs rarely agree."""
@@ -37,11 +38,6 @@ class Launch:
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size} (local rank {self.local_rank} on {host_name()})"
-
-
-def host_name() -> str:
-    """SLURM's name of this node, which is what its commands understand; else the host's own."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def read_environment(env: dict[str, str] | None = None) -> Launch:

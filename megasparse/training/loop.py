@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megasparse.config import Config, ConfigError, Problem, dump_config
+from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.training import checkpoint_files
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
@@ -27,9 +28,9 @@ from megasparse.training.distributed import Launch, initialize, read_environment
 from megasparse.training.evaluate import run_validation
 from megasparse.training.heartbeat import Heartbeat
 from megasparse.training.l1 import L1Controller
-from megasparse.training.launch_environment import host_name
 from megasparse.training.layer_stats import LayerCounter, LayerCounts
 from megasparse.training.optimizer import build_optimizer, not_finite_gradients, wrap_in_ddp
+from megasparse.training.own_time import OwnTime
 from megasparse.training.schedule import LearningRate
 from megasparse.training.signals import (
     EXIT_DONE,
@@ -60,6 +61,7 @@ class Run:
     callbacks: CallbackList
     stop: StopWatcher
     heartbeat: Heartbeat
+    own_time: OwnTime
     device: torch.device
     skipped_in_a_row: int = 0
 
@@ -95,6 +97,7 @@ def run_step(run: Run) -> tuple[StepResult, Metrics]:
     started = time.perf_counter()
     rate = prepare_step(run, run.state.step + 1)
     run.heartbeat.at(run.state.step + 1, "reading data")
+    run.own_time.start()
     batches = run.loader.next_step()
     run.heartbeat.at(run.state.step + 1, "training")
     state = run.state
@@ -206,6 +209,7 @@ def step_metrics(
         "progress/samples": state.consumed_samples,
         "perf/step_time_s": seconds,
         "perf/data_wait_s": run.loader.wait_seconds,
+        "perf/own_time_s": run.own_time.seconds(),
     }
     metrics.update({f"l1/layer_{layer}/coeff": value for layer, value in enumerate(coefficients)})
     if reinitialised is not None:
@@ -279,7 +283,8 @@ def start(
     datasets = build_datasets(cfg, launch.local_rank)
     model = wrap_in_ddp(cfg, build_model(cfg, layer))
     optimizer = build_optimizer(cfg, model)
-    connect_schedule(cfg, model)
+    own_time = OwnTime(device)
+    connect_schedule(cfg, model, own_time)
     mlps = list(iter_sparse_mlps(model))
     state = TrainState(
         cfg=cfg,
@@ -312,7 +317,7 @@ def start(
     heartbeat = Heartbeat(
         cfg.run_directory, launch.rank, launch.world_size, host_name(), 60 * cfg.parallel.timeout_minutes
     )
-    return Run(cfg, state, datasets, loader, counter, checkpointer, observers, stop, heartbeat, device)
+    return Run(cfg, state, datasets, loader, counter, checkpointer, observers, stop, heartbeat, own_time, device)
 
 
 def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets: Datasets) -> None:

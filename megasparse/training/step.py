@@ -23,6 +23,7 @@ from megasparse.config import Config
 from megasparse.monitoring.breakdown import GRADIENTS, OPTIMIZER
 from megasparse.training.data import MicroBatch
 from megasparse.training.optimizer import clip_gradients
+from megasparse.training.own_time import OwnTime
 from megasparse.training.signals import StopReason
 
 
@@ -47,10 +48,18 @@ class StepResult(NamedTuple):
     """Why to stop after this step, if at all."""
 
 
-def connect_schedule(cfg: Config, model: Sequence[torch.nn.Module]) -> None:
-    """Tells Megatron's pipeline schedules how gradients of these DDP-wrapped chunks are finished and overlapped."""
+def connect_schedule(cfg: Config, model: Sequence[torch.nn.Module], own_time: OwnTime) -> None:
+    """Tells Megatron's pipeline schedules how gradients of these DDP-wrapped chunks are finished and overlapped.
+
+    `own_time` stops where they are.
+    """
+
+    def finish(*arguments: Any, **options: Any) -> None:
+        own_time.stop()
+        finalize_model_grads(*arguments, **options)
+
     config: Any = model[0].config
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finish
     if cfg.parallel.overlap_grad_reduce:
         single = len(model) == 1
         no_sync = [chunk.no_sync for chunk in model]

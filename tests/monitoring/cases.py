@@ -107,7 +107,8 @@ def observed_run(
         state.step = step
         state.consumed_tokens += cfg.training.global_batch_size * SEQUENCE
         wait = 0.001 * (1 + dist.get_rank())
-        monitor.on_step_end(state, {"loss/lm": loss, "perf/step_time_s": 0.5, "perf/data_wait_s": wait})
+        times = {"perf/step_time_s": 0.5, "perf/data_wait_s": wait, "perf/own_time_s": wait}
+        monitor.on_step_end(state, {"loss/lm": loss, **times})
         result.append(witness.seen)
     monitor.on_end(state)
     return result
@@ -164,7 +165,7 @@ def hand_run(directory: Path, first: int, last: int, run_id: str | None, attempt
         metrics: Metrics = {
             "loss/lm": 6.0 / step, "lr": 1e-3 * step, "grad_norm": 0.5, "l1/coeff": 0.45, "l1/layer_0/coeff": 0.3,
             "l1/layer_1/coeff": 0.6, "progress/tokens": state.consumed_tokens, "perf/step_time_s": 0.25,
-            "perf/data_wait_s": 0.01, "optim/attempt": attempt,
+            "perf/data_wait_s": 0.01, "perf/own_time_s": 0.2, "optim/attempt": attempt,
         }  # fmt: skip
         if step in (4, 7):
             metrics |= {"dead_neurons/layer_0/reinitialised": 0, "dead_neurons/layer_1/reinitialised": step}
@@ -200,7 +201,8 @@ def cost_run(directory: Path, steps: int) -> list[float]:
         for mlp in mlps:
             mlp.recorder.end_step()
         state.step = step
-        monitor.on_step_end(state, {"loss/lm": loss, "perf/step_time_s": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        monitor.on_step_end(state, {"loss/lm": loss, "perf/step_time_s": seconds, "perf/own_time_s": seconds})
     monitor.on_end(state)
     records = read_records(directory / "metrics.jsonl")
     return [float(record.metrics["perf/monitor_share"] or 0) for record in records]

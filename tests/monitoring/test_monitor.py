@@ -36,6 +36,9 @@ BY_HAND = {
     "throughput/tflops_per_gpu": 12 * 3 * 2 * (2 * (4 * 4 + 2 * 2 * 2.5 + 3 * 8) + 16) / 1e12,
     "perf/step_time_s": 0.25,
     "perf/data_wait_s": 0.01,
+    "perf/own_time_s": 0.2,
+    "perf/slowest_rank": 0,
+    "perf/slowest_rank_ratio": 1.0,
 }
 
 

@@ -56,6 +56,11 @@ def test_reductions_equal_a_brute_force_gather(layout: str, masked: bool, tmp_pa
             terms += COEFFICIENTS[layer] * l1
         assert record.metrics["loss/l1"] == pytest.approx(terms / LAYERS, rel=1e-5)
         assert record.metrics["perf/data_wait_s"] == pytest.approx(0.001 * world)
+        # Rank n takes n + 1 ms. With two stages, of 1, 2 and 3, 4 ms, the second is slowest against its own stage.
+        staged = parallel.get("parallel__pipeline", 1) > 1
+        slowest = world // 2 - 1 if staged else world - 1
+        assert record.metrics["perf/slowest_rank"] == slowest
+        assert record.metrics["perf/own_time_s"] == pytest.approx(0.001 * (slowest + 1))
         assert record.metrics["throughput/tokens_per_second"] == pytest.approx(4 * 16 / 0.5)
         assert record.metrics["throughput/tokens_per_second_per_gpu"] == pytest.approx(4 * 16 / 0.5 / world)
         assert int(record.metrics["memory/rss_bytes"] or 0) > 10**7
