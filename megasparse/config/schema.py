@@ -205,6 +205,9 @@ class DataConfig(Section):
     """The end-of-document token counts in no loss."""
     num_workers: NonNegativeInt = 2
     """Loader processes per rank; 0: load in the training process."""
+    allow_change: bool = False
+    """Resume although data, blend or their order differ from the checkpoint's: some samples may repeat, others be left
+    out. The position in the data stays."""
     cache_dir: str | None = None
     """Where the sample indices are kept; None: <run directory>/cache."""
 

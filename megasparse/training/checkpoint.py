@@ -66,6 +66,7 @@ _METADATA = {
 }
 """Megatron's sharded state formats: those that load at any layout."""
 
+
 class Checkpointer:
     """Saves checkpoints of one run and finds the one to resume from. All methods are collective.
 

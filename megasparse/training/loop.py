@@ -21,7 +21,7 @@ from megasparse.training import checkpoint_files
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer
 from megasparse.training.checkpoint_files import CheckpointError
-from megasparse.training.data import StepLoader, check_probes, data_probes
+from megasparse.training.data import DataChangedError, StepLoader, check_probes, data_probes
 from megasparse.training.datasets import Datasets, build_datasets
 from megasparse.training.dead_neurons import reinit_is_due, reinitialise
 from megasparse.training.distributed import Launch, initialize, read_environment, shut_down
@@ -40,6 +40,7 @@ from megasparse.training.signals import (
     StopWatcher,
     write_exit_file,
 )
+from megasparse.training.sources import SourceTokens
 from megasparse.training.step import NotFiniteError, StepResult, connect_schedule, train_step
 
 log = logging.getLogger("megasparse")
@@ -62,6 +63,7 @@ class Run:
     stop: StopWatcher
     heartbeat: Heartbeat
     own_time: OwnTime
+    sources: SourceTokens
     device: torch.device
     skipped_in_a_row: int = 0
 
@@ -193,9 +195,7 @@ def route(cfg: Config, state: TrainState, counts: LayerCounts) -> None:
         )
 
 
-def step_metrics(
-    run: Run, result: StepResult, rate: float, seconds: float, reinitialised: list[int] | None
-) -> Metrics:
+def step_metrics(run: Run, result: StepResult, rate: float, seconds: float, reinitialised: list[int] | None) -> Metrics:
     """See `Callback.on_step_end`."""
     state = run.state
     coefficients = state.l1.coefficients
@@ -207,6 +207,7 @@ def step_metrics(
         "optim/skipped_steps": state.skipped_steps,
         "progress/tokens": state.consumed_tokens,
         "progress/samples": state.consumed_samples,
+        **run.sources.metrics(state.consumed_samples),
         "perf/step_time_s": seconds,
         "perf/data_wait_s": run.loader.wait_seconds,
         "perf/own_time_s": run.own_time.seconds(),
@@ -317,7 +318,10 @@ def start(
     heartbeat = Heartbeat(
         cfg.run_directory, launch.rank, launch.world_size, host_name(), 60 * cfg.parallel.timeout_minutes
     )
-    return Run(cfg, state, datasets, loader, counter, checkpointer, observers, stop, heartbeat, own_time, device)
+    sources = SourceTokens(cfg, datasets.train)
+    return Run(
+        cfg, state, datasets, loader, counter, checkpointer, observers, stop, heartbeat, own_time, sources, device
+    )
 
 
 def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets: Datasets) -> None:
@@ -354,7 +358,13 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
         if state.is_writer:
             log.info("checkpoint: %s loaded from %s", section.load_scope, path)
     if extra is not None:
-        check_probes(datasets.train, [(int(position), text) for position, text in extra["data"]])
+        try:
+            check_probes(datasets.train, [(int(position), text) for position, text in extra["data"]])
+        except DataChangedError as error:
+            if not cfg.data.allow_change:
+                raise
+            if state.is_writer:
+                log.warning("data.allow_change: going on although %s", error)
     if state.resumed_from is not None and state.is_writer:
         log.info("checkpoint: resumed from %s (step %d)", state.resumed_from, state.step)
 

@@ -112,12 +112,15 @@ def sample_sources(data: dict[str, Any]) -> dict[str, Any]:
     from megasparse.training.data import DataChangedError, check_probes, data_probes
     from megasparse.training.datasets import build_datasets
     from megasparse.training.distributed import initialize, read_environment, shut_down
+    from megasparse.training.sources import SourceTokens
 
     cfg = parse_config(data)
     initialize(cfg, read_environment())
     datasets = build_datasets(cfg)
     train = datasets.train
     sources = [int(train[i]["dataset_id"]) for i in range(len(train))]
+    counter = SourceTokens(cfg, train)
+    tokens = [counter.metrics(samples) for samples in (7, 7, 40)]
     probes = data_probes(train, 50)
     check_probes(train, probes)
     changed = [(position, text[::-1]) for position, text in probes]
@@ -129,7 +132,7 @@ def sample_sources(data: dict[str, Any]) -> dict[str, Any]:
     shut_down()
     valid = [datasets.valid[i]["tokens"].tolist() for i in range(4)]
     known = {tuple(train[i]["tokens"].tolist()) for i in range(len(train))}
-    return {"sources": sources, "probes": len(probes), "message": message,
+    return {"sources": sources, "tokens": tokens, "probes": len(probes), "message": message,
             "overlap": sum(tuple(tokens) in known for tokens in valid)}  # fmt: skip
 
 
@@ -144,9 +147,28 @@ def test_blend_keeps_its_weights_and_splits_do_not_overlap(tmp_path: Path, data_
     sources = result["sources"]
     assert sources.count(0) / len(sources) == pytest.approx(0.75, abs=0.02)
     assert sources[:40].count(0) == pytest.approx(30, abs=1)  # everywhere, not only on the whole
+    for samples, counted in zip((7, 7, 40), result["tokens"], strict=True):
+        of_a = sources[:samples].count(0)
+        length = data["data"]["sequence_length"]
+        assert counted == {"progress/tokens/a": length * of_a, "progress/tokens/b": length * (samples - of_a)}
     assert result["probes"] == 16
     assert "is not what it was" in result["message"]
     assert result["overlap"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "names"),
+    [
+        (["data/web", "data/code"], ["web", "code"]),
+        (["a/train/text", "b/train/text", "b/code"], ["a/train/text", "b/train/text", "b/code"]),
+        (["web", "web"], ["web", "web#2"]),
+        (["/text", "/x/text"], ["text", "x/text"]),
+    ],
+)
+def test_source_names(prefixes: list[str], names: list[str]) -> None:
+    from megasparse.training.sources import source_names
+
+    assert source_names(prefixes) == names
 
 
 def build_with_own_disks(data: dict[str, Any], folder: str) -> list[str]:

@@ -207,3 +207,9 @@ def test_another_model_or_other_data_are_refused(
     result = helper.run(blend)
     assert result["exit"] == [1]
     assert "is not what it was: the data or its order has changed" in result["output"]
+    accepted = helper.run({**blend, "data": {**blend["data"], "allow_change": True}})
+    assert accepted["exit"] == [0], accepted["output"]
+    assert "data.allow_change: going on although sample 0" in accepted["output"]
+    [record] = accepted["records"]
+    last = record["steps"][str(max(map(int, record["steps"])))]
+    assert last["progress/tokens/a"] + last["progress/tokens/b"] == last["progress/tokens"]
