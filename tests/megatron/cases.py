@@ -273,6 +273,7 @@ def first_weights(config: dict[str, Any]) -> Any:
 def _optimizer(tiny: Model) -> Any:
     config = OptimizerConfig(
         optimizer="adam", lr=1e-2, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0, weight_decay=0.1,
+        adam_eps=1e-5,  # or Adam's first steps turn the rounding of gradients near zero into whole steps
         use_distributed_optimizer=tiny.cfg.parallel.distributed_optimizer,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(config, tiny.ddp)
