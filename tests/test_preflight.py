@@ -72,6 +72,7 @@ def test_all_in_order(job: Job, folder: Path) -> None:
     written = json.loads((folder / "report.json").read_text())
     found = {check["name"]: check for check in written["checks"]}
     assert found["ranks"]["found"] == "3 of 3 on 3 hosts"
+    found.pop("slow node", None)  # a warning that the processes of a busy test machine may earn
     assert set(found) == {
         "ranks", "code", "config", "data files", "versions", "free space", "shared storage", "clocks", "all-reduce",
         "links between nodes",
