@@ -171,7 +171,8 @@ def _exclude_padding(chunk: GPTModel, vocab_size: int) -> None:
         logits = output[0]  # [s, b, this rank's rows], or all rows where they are gathered
         gathered = logits.shape[-1] == chunk.vocab_size
         first = 0 if gathered else parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        logits[..., max(0, vocab_size - first) :] = -torch.inf
+        # Outside of autograd, which would copy the whole gradient: that of a probability of zero is zero anyway.
+        logits.detach()[..., max(0, vocab_size - first) :] = -torch.inf
 
     chunk.output_layer.register_forward_hook(mask)
 
