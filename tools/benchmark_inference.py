@@ -24,7 +24,6 @@ import copy
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +44,7 @@ from rich.table import Table
 from megasparse.hf import accelerate, calibrate, restore
 from megasparse.hf.inference_mlp import InferenceMLP
 from megasparse.monitoring.energy import EnergyMeter
+from megasparse.monitoring.environment import git_commit
 
 NO_TIMES = ("errors", "failed", "routes")
 """Parts of the results that do not compare whole models."""
@@ -366,15 +366,13 @@ def plot(results: dict[str, Any], title: str, path: Path) -> None:
 def environment(bench: Bench) -> dict[str, str]:
     import transformers
 
-    root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name() if bench.cuda else "cpu",
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
+        "commit": git_commit() or "unknown",
         "command": " ".join(sys.argv),
     }
 

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megasparse.mlp import LayerRouter, device_reason, sparse_mlp, synthetic
 from megasparse.mlp.dispatch import predicted_ratio
+from megasparse.monitoring.environment import git_commit
 
 L1_WEIGHT = 1e-6
 OUTPUTS = ("y", "dx", "dw_gate", "dw_up", "dw_down")
@@ -276,14 +276,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "python": platform.python_version(),
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
+        "commit": git_commit() or "unknown",
         "command": " ".join(sys.argv),
     }
 
