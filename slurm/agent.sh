@@ -5,18 +5,17 @@
 # SIGUSR1: this script leaves the stop file, which the training loop finds.
 set -euo pipefail
 
+# shellcheck source=slurm/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 logs=$1 run=$2
 shift 2
 trap 'echo SIGUSR1 >"$logs/signalled"; : >"$run/stop"' USR1
 trap ':' TERM # the agent's to answer
 
-(trap '' USR1; trap - TERM; PET_NODE_RANK=$SLURM_NODEID exec "$@") &
-agent=$!
-code=0
-wait "$agent" || code=$?
-while kill -0 "$agent" 2>/dev/null; do # a signal ended the wait, not the agent
-    wait "$agent" || true
-done
-code=0
-wait "$agent" || code=$?
-exit "$code"
+# shellcheck disable=SC2329
+run_agent() {
+    trap '' USR1
+    trap - TERM
+    PET_NODE_RANK=$SLURM_NODEID exec "$@"
+}
+attend run_agent "$@"

@@ -19,6 +19,19 @@ give_up() {
     exit "${2:-2}"
 }
 
+# Runs a command while the caller's signal traps are served; its exit code.
+attend() {
+    "$@" &
+    local child=$! code=0
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the command
+        wait "$child" || true
+    done
+    code=0
+    wait "$child" || code=$?
+    return "$code"
+}
+
 # Sources the site file, activates the virtual environment, fills `python` and `container`.
 set_up() {
     [[ -n ${SLURM_JOB_ID:-} ]] || give_up "this is a batch script: sbatch ${BASH_SOURCE[1]} ..."

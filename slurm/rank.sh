@@ -10,6 +10,8 @@
 #   leaves the stop file, which the loop finds when it is there.
 set -euo pipefail
 
+# shellcheck source=slurm/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 logs=$1 run=$2
 shift 2
 rank=${RANK:-${SLURM_PROCID:-0}}
@@ -22,15 +24,14 @@ exec 3>&-
 trap 'echo SIGUSR1 >"$logs/signalled"; : >"$run/stop"' USR1
 trap ':' TERM
 
-(trap '' USR1; trap - TERM; exec "$@") &
-child=$!
+# shellcheck disable=SC2329
+run_rank() {
+    trap '' USR1
+    trap - TERM
+    exec "$@"
+}
 code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the rank
-    wait "$child" || true
-done
-code=0
-wait "$child" || code=$?
+attend run_rank "$@" || code=$?
 
 printf '%s %s %s %s\n' "$(date +%s.%N)" "$rank" "$code" "${SLURMD_NODENAME:-$(hostname)}" >"$logs/exit/.$name"
 mv "$logs/exit/.$name" "$logs/exit/$name"
