@@ -146,9 +146,7 @@ class LayerMemoryProbe:
         for watch in self._watches:
             watch.remove()
         result = [
-            LayerMemory(watch.saved_bytes, watch.peak_bytes)
-            for watch in self._watches
-            if watch.saved_bytes is not None
+            LayerMemory(watch.saved_bytes, watch.peak_bytes) for watch in self._watches if watch.saved_bytes is not None
         ]
         armed, self._watches = len(self._watches), []
         return result if armed and len(result) == armed else None

@@ -41,7 +41,7 @@ class Workplace:
         (self.checkout / "slurm" / "site.sh").write_text(
             f"export MEGASPARSE_PYTHON='{self.checkout}/tests/slurm/paced_python' OMP_NUM_THREADS=1\n"
             f"export MEGASPARSE_TEST_PYTHON='{sys.executable}' GLOO_SOCKET_IFNAME=lo\n"
-            '((${SLURM_RESTART_COUNT:-0} < 2)) || MEGASPARSE_PREFLIGHT=0\n'
+            "((${SLURM_RESTART_COUNT:-0} < 2)) || MEGASPARSE_PREFLIGHT=0\n"
             'export MEGASPARSE_PREFLIGHT="${MEGASPARSE_PREFLIGHT:-0}"\n'
         )
         write_data(directory / "text", documents=200, seed=1)

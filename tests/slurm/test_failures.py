@@ -67,9 +67,7 @@ def test_loss_that_stays_not_finite_is_not_requeued(place: Workplace, cluster: C
     assert "step 10 in a row without an update" in place.log("diverged")
 
 
-def test_preempted_job_saves_and_continues(
-    place: Workplace, cluster: Cluster, preempted: str, preemption: str
-) -> None:
+def test_preempted_job_saves_and_continues(place: Workplace, cluster: Cluster, preempted: str, preemption: str) -> None:
     assert cluster.wait_for_end(preempted) == "COMPLETED", place.log("preempted")
     assert cluster.state(preemption) == "COMPLETED"
     assert [end["reason"] for end in place.ends("preempted")] == ["SIGTERM after step 6", "done"]

@@ -19,9 +19,7 @@ def test_two_nodes_train_as_one_process(place: Workplace, uninterrupted: dict[in
     assert place.ends("straight")[-1]["reason"] == "done"
 
 
-def test_two_jobs_share_nodes(
-    place: Workplace, straight: str, killed: str, shared_nodes: list[dict[str, Any]]
-) -> None:
+def test_two_jobs_share_nodes(place: Workplace, straight: str, killed: str, shared_nodes: list[dict[str, Any]]) -> None:
     told = [(status["job"], status["state"], status["nodes"], status["step"]) for status in shared_nodes]
     assert told == [(straight, "RUNNING", "n[1-2]", 5), (killed, "RUNNING", "n[1-2]", 5)]
     ports = [re.findall(r"rendezvous \S+:(\d+)", place.log(name))[0] for name in ("straight", "killed")]

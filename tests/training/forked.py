@@ -164,9 +164,7 @@ def _serve() -> None:
         world = request[1]
         with tempfile.TemporaryDirectory() as folder:
             out, port = Path(folder), free_port()
-            pids = [
-                _fork(partial(_rank, *request, rank=rank, port=port, out=out)) for rank in range(world)
-            ]
+            pids = [_fork(partial(_rank, *request, rank=rank, port=port, out=out)) for rank in range(world)]
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
             for pid in pids:  # what a killed rank leaves behind (the checkpoint writer's helper) is in its group
                 with contextlib.suppress(ProcessLookupError):

@@ -194,9 +194,7 @@ def test_goes_on_at_another_layout(
         assert without_times(record["steps"])[str(step)] == pytest.approx(wanted, rel=1e-5), f"step {step}"
 
 
-def test_another_model_or_other_data_are_refused(
-    tmp_path: Path, data_folder: Path, helper: Helper
-) -> None:
+def test_another_model_or_other_data_are_refused(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     run = case(tmp_path, data_folder, "run")
     assert helper.run(run, kill_after=5)["exit"] == [SIGKILL]
     other = {**run, "model": {**run["model"], "ffn_hidden_size": 48}}

@@ -80,9 +80,7 @@ def test_keep_last_and_keep_every(tmp_path: Path, data_folder: Path, helper: Hel
     assert result["records"][0]["saved"] == [f"step_{step:08d}" for step in range(1, 9)]
 
 
-def test_steps_that_are_not_finite_are_skipped_then_given_up(
-    tmp_path: Path, data_folder: Path, helper: Helper
-) -> None:
+def test_steps_that_are_not_finite_are_skipped_then_given_up(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     """One bad gradient is skipped and counted; a model that stays broken ends the run, naming step and rank."""
     run = case(tmp_path, data_folder)
     run["training"]["steps"] = 30

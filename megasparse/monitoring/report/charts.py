@@ -244,7 +244,7 @@ def _figure(title: str, body: list[str], height: int, data: object, legend: str,
     attribute = f' data-chart="{encoded}"' if data else ""
     caption = f"<p>{esc(note)}</p>" if note else ""
     return (
-        f'<figure{attribute}><figcaption><h3>{esc(title)}</h3>{caption}</figcaption>{legend}'
+        f"<figure{attribute}><figcaption><h3>{esc(title)}</h3>{caption}</figcaption>{legend}"
         f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{esc(title)}">'
         + "".join(body)
         + "</svg></figure>\n"

@@ -78,9 +78,7 @@ class Run:
     def points(self, name: str, split: str = "train") -> Points:
         """The metric over steps; [] where it was never logged."""
         records = self.train if split == "train" else self.valid
-        return [
-            (record.step, number(record.metrics[name])) for record in records if name in record.metrics
-        ]
+        return [(record.step, number(record.metrics[name])) for record in records if name in record.metrics]
 
     def last(self, name: str, split: str = "train") -> float | None:
         """Newest finite value, or None."""

@@ -18,8 +18,6 @@ from megasparse.monitoring.report.page import fold, page, section, table, tiles
 FILE_NAME = "report.html"
 
 
-
-
 def write_report(run_dir: Path | str, *others: Path | str, output: Path | str | None = None) -> Path:
     """Write a self-contained HTML report of one run, or of several compared. Returns its path.
 
@@ -266,9 +264,7 @@ def _differences(runs: Sequence[Run]) -> str:
     flat = [_flatten(run.config) for run in runs]
     keys = sorted({key for one in flat for key in one})
     rows = [
-        [key, *(str(one.get(key, "-")) for one in flat)]
-        for key in keys
-        if len({str(one.get(key)) for one in flat}) > 1
+        [key, *(str(one.get(key, "-")) for one in flat)] for key in keys if len({str(one.get(key)) for one in flat}) > 1
     ]
     head = ["key", *(run.name for run in runs)]
     return "<h2>Differences of the configurations</h2>" + table(head, rows, words=True) if rows else ""

@@ -1,0 +1,54 @@
+"""tools/gpu_jobs.py: no two jobs on one GPU, side by side where they fit, finished ones not again."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from gpu_jobs import Job, run_jobs
+
+RECORD = """
+import json, os, pathlib, sys, time
+begin = time.time(); time.sleep(0.6)
+pathlib.Path(sys.argv[1]).write_text(json.dumps([os.environ["CUDA_VISIBLE_DEVICES"].split(","), begin, time.time()]))
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def job(folder: Path, name: str, gpus: int, code: int = 0) -> Job:
+    target = folder / f"{name}.json"
+    return Job(name, gpus, [sys.executable, "-c", RECORD, str(target), str(code)], folder / name)
+
+
+def test_disjoint_gpus_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    jobs = [job(tmp_path, "a", 2), job(tmp_path, "b", 4), job(tmp_path, "c", 2), job(tmp_path, "d", 1)]
+    ended: list[str] = []
+    assert run_jobs(jobs, 4, lambda each: ended.append(each.name)) == []
+    assert sorted(ended) == ["a", "b", "c", "d"]
+    times = {each.name: json.loads((tmp_path / f"{each.name}.json").read_text()) for each in jobs}
+    for each in jobs:
+        assert len(times[each.name][0]) == each.gpus
+    for one in jobs:
+        for other in jobs:
+            (left, begin, end), (right, start, stop) = times[one.name], times[other.name]
+            if one is not other and begin < stop and start < end:
+                assert not set(left) & set(right)
+    assert times["a"][1] < times["c"][2]  # a and c did overlap
+    assert times["c"][1] < times["a"][2]
+
+
+def test_failures_are_returned_and_finished_jobs_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [job(tmp_path, "good", 1), job(tmp_path, "bad", 1, code=3)]
+    assert run_jobs(jobs, 2) == [jobs[1]]
+    assert "bad: exit code 3" in capsys.readouterr().out
+    first = (tmp_path / "good.json").read_text()
+    assert run_jobs(jobs, 2) == [jobs[1]]
+    assert (tmp_path / "good.json").read_text() == first
+
+
+def test_too_many_gpus(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a needs 8 GPUs, there are 4"):
+        run_jobs([job(tmp_path, "a", 8)], 4)
