@@ -352,7 +352,8 @@ def plot(results: dict[str, Any], title: str, path: Path) -> None:
             values = [results[part][name].get(key, 0.0) for name in names]
             colors = ["tab:gray" if name.startswith("dense") else "tab:green" for name in names]
             bars = axis.bar(range(len(names)), values, color=colors)
-            axis.bar_label(bars, fmt="%.3g", fontsize=7)
+            axis.bar_label(bars, fmt="{:,.4g}", fontsize=7)
+            axis.margins(y=0.12)
             axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=7)
             if row == 0:
                 axis.set_title(part, fontsize=9)

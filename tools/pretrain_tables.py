@@ -154,46 +154,59 @@ def plot(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     variants = {name: row for name, row in record["variants"].items() if "tokens_per_second" in row}
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4.5))
+    figure, axes = plt.subplots(1, 4, figsize=(20, 1.6 + 0.45 * max(5, len(variants))), width_ratios=[3, 3, 3, 2])
     names, world = list(variants), record["environment"]["world_size"]
     rates = [row["tokens_per_second"] for row in variants.values()]
     medians = [rate["median"] / world for rate in rates]
     spread = [[m - r["min"] / world for m, r in zip(medians, rates, strict=True)],
               [r["max"] / world - m for m, r in zip(medians, rates, strict=True)]]  # fmt: skip
-    axes[0].bar(names, medians, yerr=spread, capsize=4, color="tab:blue")
-    for x, value in enumerate(medians):
-        axes[0].text(x, value / 2, f"{value:,.0f}", ha="center", color="white")
+    axes[0].barh(names, medians, xerr=spread, capsize=4, color="tab:blue")
+    for y, value in enumerate(medians):
+        axes[0].text(value / 2, y, f"{value:,.0f}", va="center", ha="center", color="white")
     axes[0].set_title("tokens/s/GPU")
+    axes[0].locator_params(axis="x", nbins=5)
+    axes[0].xaxis.set_major_formatter("{x:,.0f}")
     with_memory = {name: row["memory"]["measured"] for name, row in variants.items() if "memory" in row}
-    stack(axes[1], with_memory, MEMORY, 1 / GIB, "peak memory, GiB")
+    stack(axes[1], names, with_memory, MEMORY, 1 / GIB, "peak memory, GiB")
     profiled = {name: row["breakdown"] for name, row in variants.items() if "breakdown" in row}
     times = {name: {**row["parts"], "idle": row["idle"]} for name, row in profiled.items()}
     parts = next(iter(times.values())) if times else {}
-    stack(axes[2], times, tuple(parts), 1e3, "time of a step, ms")
-    rows = record["layers"]
-    axes[3].plot([row["l0"] for row in rows], ".-", color="tab:blue", label="L0")
-    axes[3].set_yscale("log")
-    axes[3].set_xlabel("layer")
-    axes[3].set_title("L0 (left), union of 128 tokens / width (right)")
-    right = axes[3].twinx()
-    right.plot([row["union_fraction"] for row in rows], ".-", color="tab:orange", label="union")
-    right.set_ylim(0, max(0.05, *(row["union_fraction"] for row in rows if math.isfinite(row["union_fraction"]))))
+    stack(axes[2], names, times, tuple(parts), 1e3, "time of a step, ms")
     for axis in axes[:3]:
-        axis.tick_params(axis="x", rotation=15)
+        axis.invert_yaxis()
+    for axis in axes[1:3]:
+        axis.set_yticks([])
+    rows = record["layers"]
+    l0, union = "tab:blue", "tab:orange"
+    axes[3].plot([row["l0"] for row in rows], ".-", color=l0)
+    axes[3].set_yscale("log")
+    axes[3].yaxis.set_major_formatter("{x:g}")
+    axes[3].yaxis.set_minor_formatter("{x:g}")
+    axes[3].tick_params(axis="y", which="both", colors=l0)
+    axes[3].set_xlabel("layer")
+    axes[3].set_title("L0 (left), union of 128 tokens / width (right)", fontsize=9)
+    right = axes[3].twinx()
+    right.plot([row["union_fraction"] for row in rows], ".-", color=union)
+    right.tick_params(axis="y", colors=union)
+    right.set_ylim(0, max(0.05, *(row["union_fraction"] for row in rows if math.isfinite(row["union_fraction"]))))
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def stack(axis: Any, rows: dict[str, dict[str, float]], keys: tuple[str, ...], unit: float, title: str) -> None:
-    bottom = [0.0] * len(rows)
-    for key in keys:
-        heights = [row[key] * unit for row in rows.values()]
-        axis.bar(list(rows), heights, bottom=bottom, label=key)
-        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+def stack(
+    axis: Any, names: list[str], rows: dict[str, dict[str, float]], keys: tuple[str, ...], unit: float, title: str
+) -> None:
+    """One bar a variant, cut into `keys`; no bar where a variant has no row. The legend stands below."""
+    import matplotlib
+
+    left = [0.0] * len(names)
+    for index, key in enumerate(keys):
+        lengths = [rows[name][key] * unit if name in rows else 0.0 for name in names]
+        axis.barh(names, lengths, left=left, label=key, color=matplotlib.colormaps["tab20"](index))
+        left = [a + b for a, b in zip(left, lengths, strict=True)]
     axis.set_title(title)
-    if rows:
-        axis.legend(fontsize=7)
+    axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 if __name__ == "__main__":
