@@ -16,6 +16,8 @@ class Job:
     gpus: int
     command: Sequence[str]
     folder: Path
+    after: "Job | None" = None
+    """Starts only once that one ended well."""
 
     @property
     def done(self) -> bool:
@@ -32,8 +34,11 @@ def run_jobs(jobs: Sequence[Job], gpus: int, ended: Callable[[Job], None] | None
         gpus: of this machine (those that CUDA_VISIBLE_DEVICES names, if it is set).
         ended: called after each job that ended well, and for those that were done before.
 
+    Whatever ends the call early (an exception, Ctrl-C) ends the running jobs with SIGTERM and waits for them: they may
+    have something to save.
+
     Returns:
-        the jobs that failed; the end of their output has been printed.
+        the jobs that failed, the end of whose output has been printed, and those that were to follow them.
 
     Raises:
         ValueError: where a job needs more GPUs than there are.
@@ -53,7 +58,11 @@ def run_jobs(jobs: Sequence[Job], gpus: int, ended: Callable[[Job], None] | None
     try:
         while waiting or running:
             for job in list(waiting):
-                if job.gpus <= len(free):
+                if job.after is not None and not job.after.done:
+                    if job.after not in [*waiting, *(entry[0] for entry in running)]:
+                        waiting.remove(job)
+                        failed.append(job)
+                elif job.gpus <= len(free):
                     mine, free = free[: job.gpus], free[job.gpus :]
                     running.append((job, mine, _start(job, mine)))
                     waiting.remove(job)
@@ -73,6 +82,8 @@ def run_jobs(jobs: Sequence[Job], gpus: int, ended: Callable[[Job], None] | None
     finally:
         for _, _, process in running:
             process.terminate()
+        for _, _, process in running:
+            process.wait()
     return failed
 
 

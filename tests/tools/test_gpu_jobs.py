@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,33 @@ def test_failures_are_returned_and_finished_jobs_not_repeated(
 def test_too_many_gpus(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a needs 8 GPUs, there are 4"):
         run_jobs([job(tmp_path, "a", 8)], 4)
+
+
+def test_a_job_that_follows_another(tmp_path: Path) -> None:
+    first, bad, free = job(tmp_path, "first", 1), job(tmp_path, "bad", 1, code=1), job(tmp_path, "free", 1)
+    second = replace(job(tmp_path, "second", 1), after=first)
+    never = replace(job(tmp_path, "never", 1), after=bad)
+    assert run_jobs([first, second, bad, never, free], 3) == [bad, never]
+    times = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second", "free")}
+    assert times["first"][2] <= times["second"][1]
+    assert times["free"][1] < times["first"][2]
+    assert not (tmp_path / "never.json").exists()
+
+
+def test_running_jobs_end_in_good_order_with_the_call(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def end(*_): time.sleep(0.5); pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, end); pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)\n"
+    )
+    long = Job("long", 1, [sys.executable, "-c", code, str(tmp_path)], tmp_path / "long")
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path)!r}, 'ready').exists(): time.sleep(0.05)"
+    short = Job("short", 1, [sys.executable, "-c", wait], tmp_path / "short")
+
+    def interrupt(_: Job) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([long, short], 2, interrupt)
+    assert (tmp_path / "saved").exists()
+    assert not long.done
