@@ -11,7 +11,8 @@ Needs a GPU of compute capability 9.0. Each case draws a layer in bf16; `dense` 
 L1 term. Times are medians over `--repeats` calls by CUDA events, between a forward and a forward + backward that
 leaves bf16 gradients of x and all weights. `saved` is what autograd keeps beside x and the weights, `peak` what the
 allocator adds at most. Errors are ||out - fp64|| / ||fp64|| of y, dx, dW_gate, dW_up, dW_down. Writes results.json
-and results.png to `--out`.
+and results.png to `--out`. Of the layers of a checkpoint, the sums over layers too; `auto` there gives each layer the
+path that the router would choose.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megasparse.mlp import LayerRouter, device_reason, sparse_mlp, synthetic
-from megasparse.mlp.dispatch import predicted_ratio
+from megasparse.mlp.dispatch import ENTER_SPARSE, predicted_ratio
 from megasparse.monitoring.environment import git_commit
 
 L1_WEIGHT = 1e-6
@@ -189,6 +190,35 @@ def errors(layer: Layer, outputs: tuple[Tensor, ...]) -> list[float]:
     ]
 
 
+def sums_over_layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Forward + backward of all captured layers together, one entry a shape: ms of compiled dense, of the sparse path
+    and of `auto`, how many layers `auto` runs sparse, and how many times faster than compiled dense that is."""
+    sums = []
+    captured_rows = [row for row in rows if row["name"].startswith("captured ")]
+    for dimensions in {tuple(row["shape"].items()): row["shape"] for row in captured_rows}.values():
+        layers = [row for row in captured_rows if row["shape"] == dimensions]
+
+        def milliseconds_of(layer: dict[str, Any], variant: str) -> float:
+            return float(layer["results"][variant]["both_ms"]["median"])
+
+        compiled = sum(milliseconds_of(layer, "compile") for layer in layers)
+        sparse = sum(milliseconds_of(layer, "ours sparse") for layer in layers)
+        auto = sum(milliseconds_of(layer, f"ours {layer['auto_path']}") for layer in layers)
+        sums.append(
+            {
+                "shape": dimensions,
+                "layers": len(layers),
+                "compile_ms": compiled,
+                "sparse_ms": sparse,
+                "auto_ms": auto,
+                "auto_sparse_layers": sum(layer["auto_path"] == "sparse" for layer in layers),
+                "sparse_speedup": compiled / sparse,
+                "auto_speedup": compiled / auto,
+            }
+        )
+    return sums
+
+
 def load_peer(checkout: Path) -> Callable[..., tuple[Tensor, ...]]:
     """The published training kernels, built by their own loader. Their L1 is a mean over tokens."""
     place = checkout / "custom_models" / "hybrid_modules" / "sparse_ops_loader.py"
@@ -333,14 +363,24 @@ def main() -> int:
                     "shape": {"tokens": tokens, "width": width, "hidden": hidden},
                     "l0": layer.l0,
                     "union_fraction": layer.union_fraction,
+                    "auto_path": "sparse" if predicted < ENTER_SPARSE else "dense",
                     "results": results,
                 }
             )
             del layer, functions
             torch.cuda.empty_cache()
             # After every case: a machine that is taken away later leaves what was measured.
-            record = {"environment": environment(), "cases": rows}
+            record = {"environment": environment(), "cases": rows, "sums_over_layers": sums_over_layers(rows)}
             (arguments.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    if not rows:
+        print("error: nothing to measure: no pattern, and no layer of a checkpoint has such a shape", file=sys.stderr)
+        return 1
+    for each in sums_over_layers(rows):
+        print(
+            f"{each['layers']} layers together, forward + backward: compile {each['compile_ms']:.2f} ms, sparse "
+            f"{each['sparse_ms']:.2f} ms ({each['sparse_speedup']:.2f}x), auto {each['auto_ms']:.2f} ms "
+            f"({each['auto_speedup']:.2f}x, {each['auto_sparse_layers']} layers sparse)"
+        )
     plot(rows, arguments.out / "results.png")
     return 0
 
