@@ -46,12 +46,16 @@ class Breakdown:
     """Seconds of device time of the traced steps."""
 
     parts: dict[str, float] = field(default_factory=dict)
-    """By part, without the prefix; `communication` (NCCL) and `other` among them. On several streams kernels may run
-    at the same time: then the parts add up to more than `busy`."""
+    """By part, without the prefix; `communication` (all NCCL kernels) and `other` among them. On several streams
+    kernels may run at the same time: then the parts add up to more than `busy`."""
     busy: float = 0.0
     """At least one kernel, copy or fill was running."""
     idle: float = 0.0
     """From the first kernel to the last, nothing was running."""
+    communication: float = 0.0
+    """At least one NCCL kernel was running. One that waits for another rank runs: a pipeline's bubble counts here."""
+    exposed: float = 0.0
+    """The part of `communication` during which nothing else was running: what a step would gain without it."""
     kernels: dict[str, dict[str, float]] = field(default_factory=dict)
     """By part: seconds of every kernel by name."""
 
@@ -128,22 +132,29 @@ def attribute_time(events: Sequence[dict[str, Any]]) -> Breakdown:
     parts: dict[str, float] = defaultdict(float)
     kernels: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event, owner, duration in items:
-        name = COMMUNICATION if "nccl" in event["name"].lower() else owner.removeprefix(PREFIX)
+        name = COMMUNICATION if _communicates(event) else owner.removeprefix(PREFIX)
         parts[name] += duration / 1e6
         kernels[name][event["name"]] += duration / 1e6
     names = [part.removeprefix(PREFIX) for part in PARTS] + [COMMUNICATION, OTHER]
     result.parts = {name: parts.get(name, 0.0) for name in names}
     result.kernels = {name: dict(sorted(rows.items(), key=lambda row: -row[1])) for name, rows in kernels.items()}
-    result.busy, span = _union([(event["ts"], event["ts"] + event["dur"]) for event in work])
+    result.busy, span = _union(work)
     result.idle = span - result.busy
+    result.communication, _ = _union([event for event in work if _communicates(event)])
+    computing, _ = _union([event for event in work if not _communicates(event)])
+    result.exposed = result.busy - computing
     return result
 
 
-def _union(intervals: list[tuple[float, float]]) -> tuple[float, float]:
-    """(seconds covered, seconds from first start to last end) of intervals in microseconds."""
-    if not intervals:
+def _communicates(event: dict[str, Any]) -> bool:
+    return "nccl" in event["name"].lower()
+
+
+def _union(events: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """(seconds covered, seconds from first start to last end) of a trace's events."""
+    if not events:
         return 0.0, 0.0
-    intervals = sorted(intervals)
+    intervals = sorted((event["ts"], event["ts"] + event["dur"]) for event in events)
     covered, end = 0.0, intervals[0][0]
     for start, stop in intervals:
         covered += max(0.0, stop - max(start, end))

@@ -69,7 +69,26 @@ def test_kernels_belong_to_the_range_of_their_forward() -> None:
     }  # fmt: skip
     assert found.idle == pytest.approx(10e-6)
     assert found.busy == pytest.approx(990e-6)
+    assert found.communication == pytest.approx(100e-6)
+    assert found.exposed == pytest.approx(50e-6)
     assert list(found.kernels["MLP"]) == ["mlp_backward", "mlp"]
+
+
+def test_communication_is_exposed_where_nothing_else_runs() -> None:
+    events = [
+        kernel("gemm", 0, 100, 1),
+        kernel("ncclDevKernel_AllGather", 80, 60, 2),  # 20 behind the product, 40 alone
+        kernel("ncclDevKernel_SendRecv", 120, 50, 3),  # beside the other for 20; then 30 alone
+        kernel("gemm", 170, 100, 4),
+        kernel("ncclDevKernel_ReduceScatter", 180, 80, 5),  # hidden
+        host("gpu_memcpy", "Memcpy DtoD", STREAM, 300, 10, correlation=6),
+        kernel("ncclDevKernel_AllReduce", 305, 25, 7),  # 5 beside the copy, 20 alone
+    ]
+    found = attribute_time(events)
+    assert found.parts["communication"] == pytest.approx((60 + 50 + 80 + 25) * 1e-6)
+    assert found.communication == pytest.approx((90 + 80 + 25) * 1e-6)
+    assert found.exposed == pytest.approx((40 + 30 + 20) * 1e-6)
+    assert found.idle == pytest.approx(30e-6)
 
 
 class Layer(nn.Module):
