@@ -12,6 +12,9 @@ Windows of `--steps` steps (data loading, forward, backward, optimizer: the loop
 `--rounds` times, so that all see the same state of the card. All read the same samples from the first on, and the
 learning rate is so small that the weights, and with them the sparsity, stay.
 
+`--curve` records the losses of the config's own steps, from the weights that were loaded or trained; they can be
+laid beside those of other parallel layouts (tools/compare_layouts.py). All of this runs under torchrun too.
+
 `--train-layers` trains a model with fewer layers, then repeats each of its layers in place (megatron/transfer.py)
 and trains the whole for `--settle-minutes`. What sparsity that led to is measured in the model that is timed, and
 printed for every layer.
@@ -29,15 +32,27 @@ from typing import Any
 import pretrain_tables
 import torch
 import torch.distributed as dist
-from pretrain_prepare import Bench, changed, clean, close, mean, measured_sparsity, places, sparse_run
+from pretrain_prepare import (
+    Bench,
+    changed,
+    clean,
+    close,
+    curve,
+    mean,
+    measured_sparsity,
+    places,
+    sparse_run,
+    synced,
+)
 from pretrain_variants import Variant, note_breakdown, note_memory, note_speed, resident, use, window
 
-from megasparse.config import ConfigError, load_config
+from megasparse.config import ConfigError, Problem, load_config
 from megasparse.megatron import megatron_layer_spec
 from megasparse.megatron.transfer import set_weights, weights_of
 from megasparse.monitoring.energy import EnergyMeter
 from megasparse.monitoring.sparsity import LayerSparsity
-from megasparse.training.distributed import shut_down
+from megasparse.training.checkpoint_files import CheckpointError, resolve
+from megasparse.training.distributed import LaunchError, shut_down
 from megasparse.training.loop import Run, run_step, save
 
 NEVER = 10**9
@@ -58,6 +73,9 @@ def measure(bench: Bench) -> None:
     if arguments.save:
         save(run)
         run.checkpointer.close()
+    if arguments.curve:
+        record["curve"] = curve(bench, run, arguments.curve)
+        bench.write()
     run.loader.close()
     still = changed(bench.cfg, STILL)
     routing = changed(still, ["sparsity.route_interval=1"])
@@ -65,7 +83,7 @@ def measure(bench: Bench) -> None:
     for _ in range(2):
         run_step(run)
     _, layers = measured_sparsity(run)
-    paths = [mlp.router.path for mlp in run.state.mlps]
+    paths = [layer.path for layer in layers]
     record["layers"] = [layer._asdict() for layer in layers]
     run.loader.close()
     l0 = mean(layer.l0 for layer in layers)
@@ -158,11 +176,11 @@ def larger(bench: Bench, sparse: Variant, layers: list[LayerSparsity], l0: float
     size = math.ceil(bench.cfg.training.micro_batch_size * bench.arguments.larger)
     if size <= bench.cfg.training.micro_batch_size:
         return
-    count = bench.cfg.num_microbatches(dist.get_world_size())
-    ranks = bench.cfg.parallel.data_parallel_size(dist.get_world_size())
-    cfg = changed(
-        sparse.cfg, [f"training.micro_batch_size={size}", f"training.global_batch_size={size * count * ranks}"]
-    )
+    if dist.get_world_size() > 1:
+        bench.say("no larger micro-batch is tried: a rank that ran out of memory would leave the others waiting")
+        return
+    count = bench.cfg.num_microbatches(1)
+    cfg = changed(sparse.cfg, [f"training.micro_batch_size={size}", f"training.global_batch_size={size * count}"])
     variant = Variant(f"sparse, micro-batch {size}", sparse.run, cfg, bench.loader(cfg, sparse.run), sparse.paths)
     try:
         variant.prepare()
@@ -176,15 +194,6 @@ def larger(bench: Bench, sparse: Variant, layers: list[LayerSparsity], l0: float
         bench.say(f"micro-batch {size} does not fit: {str(error).splitlines()[0]}")
     variant.loader.close()
     bench.write()
-
-
-def synced(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The chunks, after every parameter whose all-gather waits for the next forward has been gathered."""
-    for chunk in chunks:
-        if getattr(chunk, "remove_forward_pre_hook_handles", None):
-            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
-            chunk.enable_forward_pre_hook()  # type: ignore[operator]
-    return chunks
 
 
 def baseline(bench: Bench, weights: list[dict[str, torch.Tensor]]) -> Run:
@@ -212,12 +221,15 @@ def main() -> int:
     parser.add_argument("--train-batch", type=int, help="global batch size while training (default: the config's)")
     parser.add_argument("--settle-minutes", type=float, default=0.5, help="training after growing")
     parser.add_argument("--save", action="store_true", help="save a checkpoint of what was trained, for --load")
+    parser.add_argument("--curve", type=int, default=0, help="then steps whose losses are recorded, before measuring")
     parser.add_argument("--baseline", choices=["megatron"])
     parser.add_argument(
         "--try", dest="attempts", action="append", default=[], metavar="KEY=VALUE",
         help="one more variant: sparse, with this attribute of Megatron's TransformerConfig and of its modules",
     )  # fmt: skip
-    parser.add_argument("--larger", type=float, default=1.5, help="larger micro-batch of the sparse path; 1: none")
+    parser.add_argument(
+        "--larger", type=float, default=1.5, help="larger micro-batch of the sparse path, on one GPU; 1: none"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="windows of each variant")
     parser.add_argument("--steps", type=int, default=2, help="steps of a window")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_pretrain"))
@@ -229,8 +241,14 @@ def main() -> int:
     ]  # fmt: skip
     try:
         cfg = load_config(arguments.config, [*arguments.overrides, *own])
+        if arguments.curve > cfg.training.steps:
+            raise ConfigError(
+                [Problem("training.steps", f"{cfg.training.steps}, fewer than --curve {arguments.curve}")]
+            )
+        if arguments.load:
+            resolve(Path(arguments.load))
         bench = Bench(cfg, arguments)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     measure(bench)

@@ -85,17 +85,20 @@ def mean(values: Any) -> float:
 
 
 def train(bench: Bench, run: Run, minutes: float, what: str) -> dict[str, Any]:
-    """Trains for so long (rank 0's clock) or until the config's steps are done; says every 20 s where it is."""
+    """Trains for so long or until no more of the config's steps are left than the curve takes; says every 20 s where
+    it is. Both by rank 0's clock."""
     begun = said = time.perf_counter()
     steps, tokens = 0, run.state.consumed_tokens
     loss, layers = math.nan, []
-    while run.state.step < run.cfg.training.steps:
-        go_on = torch.tensor(int(time.perf_counter() - begun < 60 * minutes), device=bench.device)
-        dist.broadcast(go_on, src=0)
-        if not go_on.item():
+    while run.state.step < run.cfg.training.steps - bench.arguments.curve:
+        now = time.perf_counter()
+        clock = torch.tensor([now - begun < 60 * minutes, now - said > 20], dtype=torch.int32, device=bench.device)
+        dist.broadcast(clock, src=0)
+        go_on, is_time_to_say = clock.tolist()
+        if not go_on:
             break
-        if time.perf_counter() - said > 20:
-            said = time.perf_counter()
+        if is_time_to_say:
+            said = now
             loss, layers = measured_sparsity(run)
             bench.say(
                 f"{what}: step {run.state.step}, {run.state.consumed_tokens / 1e6:.1f} M tokens, loss {loss:.3f}, "
@@ -107,6 +110,27 @@ def train(bench: Bench, run: Run, minutes: float, what: str) -> dict[str, Any]:
     seconds, tokens = time.perf_counter() - begun, run.state.consumed_tokens - tokens
     bench.say(f"{what}: {steps} steps, {tokens / 1e6:.1f} M tokens in {seconds:.0f} s, loss {loss:.3f}")
     return {"what": what, "layers": run.cfg.model.num_layers, "steps": steps, "tokens": tokens, "loss": loss}
+
+
+def curve(bench: Bench, run: Run, steps: int) -> list[dict[str, float]]:
+    """Trains so many steps; loss and gradient norm of each."""
+    rows = []
+    for _ in range(steps):
+        result, _ = run_step(run)
+        rows.append({"step": run.state.step, "loss": result.loss, "grad_norm": result.grad_norm})
+        if not result.updated:
+            bench.say(f"curve: step {run.state.step} had no update: loss {result.loss}, norm {result.grad_norm}")
+    bench.say(f"curve: {steps} steps, loss {rows[0]['loss']:.3f} to {rows[-1]['loss']:.3f}")
+    return rows
+
+
+def synced(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The chunks, after every parameter whose all-gather waits for the next forward has been gathered."""
+    for chunk in chunks:
+        if getattr(chunk, "remove_forward_pre_hook_handles", None):
+            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]
+    return chunks
 
 
 def sparse_run(bench: Bench) -> Run:
@@ -129,7 +153,7 @@ def sparse_run(bench: Bench) -> Run:
     )
     if arguments.train_minutes:
         history.append(train(bench, shallow, arguments.train_minutes, f"training {arguments.train_layers} layers"))
-    weights, l1 = weights_of(shallow.state.model), shallow.state.l1.state_dict()
+    weights, l1 = weights_of(synced(shallow.state.model)), shallow.state.l1.state_dict()
     close(shallow)
     del shallow
     clean()

@@ -138,12 +138,18 @@ def against(measured: float, estimate: float | None) -> str:
 def breakdown(record: dict[str, Any]) -> Table:
     found = {name: row["breakdown"] for name, row in record["variants"].items() if "breakdown" in row}
     parts = list(next(iter(found.values()))["parts"])
-    table = new_table("where a step's time goes, ms and share (profiled)", "", [*parts, "busy", "idle"])
+    alone = not any(each["parts"]["communication"] for each in found.values())
+    columns = [*parts, "busy", "idle"] if alone else [*parts, "communication alone", "busy", "idle"]
+    table = new_table("where a step's time goes, ms and share (profiled; mean over GPUs)", "", columns)
     for name, each in found.items():
         whole = each["busy"] + each["idle"]
-        times = [*each["parts"].values(), each["busy"], each["idle"]]
+        exposed = [] if alone else [each["exposed"]]
+        times = [*each["parts"].values(), *exposed, each["busy"], each["idle"]]
         table.add_row(name, *(f"{1000 * time:.1f}\n{time / whole if whole else 0:.1%}" for time in times))
-    table.caption = "a norm that Transformer Engine fuses into a projection counts with the projection"
+    table.caption = (
+        "a norm that Transformer Engine fuses into a projection counts with the projection; communication alone: "
+        "while nothing else ran, waiting for other ranks included"
+    )
     return table
 
 

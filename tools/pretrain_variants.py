@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pretrain_prepare import Bench, clean
+from megatron.core import parallel_state
+from pretrain_prepare import Bench, clean, mean
 
 from megasparse.config import Config
 from megasparse.monitoring.breakdown import profile_step
@@ -63,14 +64,15 @@ class Variant:
     cfg: Config
     loader: StepLoader
     paths: list[str]
+    """Of all layers of the model; none: the model has no sparse MLPs."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """See `Switches`."""
     windows: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def prepare(self) -> None:
         use(self.run, self.cfg, self.loader)
-        for mlp, path in zip(self.run.state.mlps, self.paths, strict=True):
-            mlp.router.path = path
+        for mlp in self.run.state.mlps:
+            mlp.router.path = self.paths[mlp.layer_index]
         SWITCHES.set(self.run.state.model, self.settings)
 
     def step(self) -> float:
@@ -122,27 +124,54 @@ def note_speed(bench: Bench, variant: Variant, layers: list[LayerSparsity]) -> N
 
 
 def note_memory(bench: Bench, variant: Variant, others: list[Run], l0: float) -> None:
-    """Measures the memory of one step and sets the estimate of `pretrain --dry-run` beside it."""
+    """Measures the memory of one step and sets the estimate of `pretrain --dry-run` beside it. Collective.
+
+    `measured` is that of the rank with the highest peak, `estimate` that of the stage with the highest; `ranks` has
+    both of each rank.
+    """
     variant.prepare()
     clean()
     elsewhere = [tensor for run in others if run is not variant.run for tensor in resident(run)]
     state = variant.run.state
     measured = measure_step(state.model, optimizer_tensors(state.optimizer), variant.step, elsewhere)
+    mine = {
+        "stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "measured": dataclasses.asdict(measured),
+        "estimate": estimate(variant, l0) if variant.paths else None,
+    }
+    ranks = everywhere(mine)
+    worst = max(ranks, key=lambda rank: (rank["measured"]["peak"], tensors_of(rank["measured"])))
     entry = bench.record["variants"].setdefault(variant.name, {})
-    entry["memory"] = {"measured": dataclasses.asdict(measured), "alone": not elsewhere}
-    if not variant.paths:  # another model than the dry run knows
-        return
-    stage = make_plan(variant.cfg, dist.get_world_size(), l0).worst(sparse=False)
-    sparse = variant.paths.count("sparse") / len(variant.paths)
-    activations = sparse * stage.activations_sparse + (1 - sparse) * stage.activations_dense
-    entry["memory"]["estimate"] = {
+    entry["memory"] = {"measured": worst["measured"], "alone": not elsewhere, "ranks": ranks}
+    if variant.paths:
+        entry["memory"]["estimate"] = max((rank["estimate"] for rank in ranks), key=lambda parts: sum(parts.values()))
+
+
+def estimate(variant: Variant, l0: float) -> dict[str, int]:
+    """Bytes by part on this rank, as `pretrain --dry-run` knows them, at the paths that its layers take."""
+    stages = make_plan(variant.cfg, dist.get_world_size(), l0).stages
+    stage = stages[parallel_state.get_pipeline_model_parallel_rank()]
+    paths = [variant.paths[mlp.layer_index] for mlp in variant.run.state.mlps]
+    sparse = paths.count("sparse") / len(paths)
+    return {
         "weights": stage.weights,
         "gradients": stage.gradients,
         "optimizer": stage.optimizer,
-        "activations": int(activations),
+        "activations": int(sparse * stage.activations_sparse + (1 - sparse) * stage.activations_dense),
         "temporaries": stage.workspace,
         "overhead": OVERHEAD,
     }
+
+
+def tensors_of(measured: dict[str, int]) -> int:
+    return measured["weights"] + measured["gradients"] + measured["optimizer"]
+
+
+def everywhere(value: Any) -> list[Any]:
+    """Every rank's `value`, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
@@ -163,8 +192,12 @@ def resident(run: Run) -> list[torch.Tensor]:
 
 
 def note_breakdown(bench: Bench, variant: Variant) -> None:
+    """Profiles one step. Times are means over the ranks, `ranks` has each one's; the kernels are this rank's."""
     variant.prepare()
     found = profile_step(variant.run.state.model, variant.step)
-    entry = bench.record["variants"][variant.name]
     kernels = {part: dict(list(rows.items())[:12]) for part, rows in found.kernels.items()}
-    entry["breakdown"] = {"parts": found.parts, "busy": found.busy, "idle": found.idle, "kernels": kernels}
+    mine = {name: getattr(found, name) for name in ("parts", "busy", "idle", "communication", "exposed")}
+    ranks = everywhere(mine)
+    means = {name: mean(rank[name] for rank in ranks) for name in mine if name != "parts"}
+    parts = {name: mean(rank["parts"][name] for rank in ranks) for name in found.parts}
+    bench.record["variants"][variant.name]["breakdown"] = {"parts": parts, **means, "ranks": ranks, "kernels": kernels}
