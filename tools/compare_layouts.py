@@ -1,111 +1,114 @@
 #!/usr/bin/env python3
-"""Train one config under several parallel layouts and lay the loss curves side by side.
+"""One config under several parallel layouts: losses, speed dense and sparse, communication, memory.
 
-    tools/compare_layouts.py configs/paper-0.5b.yaml --output docs/layouts \
+    tools/compare_layouts.py configs/paper-0.5b.yaml --gpus 4 --output docs/benchmarks/layouts --curve 100 \
         --layout "1 GPU" 1 --layout "TP 2" 2 parallel.tensor=2 --layout "PP 2" 2 parallel.pipeline=2 \
-        --set training.steps=200 data.train=... data.valid=...
+        --load RUN --set training.steps=4000 data.blend=...
 
-Each layout is a run of its own (same seed, so the same weights and the same data order), started with torchrun on
-as many ranks as it names, one after the other. Written: a plot of the losses and of their differences from the
-first layout, and a Markdown table with losses, gradient norms and tokens/s.
+Each layout is a run of tools/benchmark_pretrain.py of its own, on as many GPUs as it names; layouts run side by side
+on different GPUs. All train the same `--curve` steps from the same weights (those of `--load`, else the first ones of
+the seed) on the same samples, then measure dense and sparse steps. The first layout is what the losses of the others
+are compared with.
+
+After every layout that ended, OUTPUT.json, OUTPUT.md and OUTPUT.png are written with what is known by then. A layout
+that fails is named, and the others go on; the same command again repeats what failed alone.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
+import re
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-Curve = dict[int, dict[str, float]]
+import layout_tables
+from gpu_jobs import Job, run_jobs
 
-
-def run_layout(config: str, name: str, ranks: int, overrides: list[str], directory: Path) -> Curve:
-    """Train in `directory` (kept: a finished run is not repeated) and return metrics by step."""
-    metrics = directory / "metrics.jsonl"
-    if not (directory / "exit.json").exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-            "-m", "megasparse.cli", "pretrain", config, f"run.directory={directory}", f"run.name={directory.name}",
-            *overrides,
-        ]  # fmt: skip
-        log = directory / "console.log"
-        print(f"{name}: {' '.join(command[2:])} > {log}", flush=True)
-        with log.open("w") as stream:
-            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-        if code != 0:
-            tail = "\n".join(log.read_text().splitlines()[-30:])
-            raise SystemExit(f"{name}: ended with exit code {code}; the end of {log}:\n{tail}")
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return {row["step"]: row for row in rows if row["split"] == "train"}
+BENCHMARK = Path(__file__).resolve().parent / "benchmark_pretrain.py"
 
 
-def write_plot(curves: dict[str, Curve], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, differences) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=[2, 1])
-    reference = next(iter(curves.values()))
-    for name, curve in curves.items():
-        losses.plot(list(curve), [row["loss/lm"] for row in curve.values()], label=name, linewidth=1.2)
-        if curve is not reference:
-            common = [step for step in curve if step in reference]
-            differences.plot(
-                common, [curve[s]["loss/lm"] - reference[s]["loss/lm"] for s in common], label=name, linewidth=1.0
-            )
-    losses.set_ylabel("loss/lm")
-    losses.legend()
-    differences.set_ylabel(f"difference from {next(iter(curves))}")
-    differences.set_xlabel("step")
-    if len(curves) > 1:
-        differences.legend()
-    for axis in (losses, differences):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+def job_of(arguments: argparse.Namespace, name: str, gpus: int, overrides: list[str]) -> Job:
+    folder = arguments.runs / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
+        str(BENCHMARK), arguments.config, *arguments.set, *overrides, "--out", str(folder), "--larger", "1",
+        "--curve", str(arguments.curve), "--rounds", str(arguments.rounds), "--steps", str(arguments.steps),
+    ]  # fmt: skip
+    if arguments.load:
+        command += ["--load", arguments.load]
+    return Job(name, gpus, command, folder)
 
 
-def table(curves: dict[str, Curve]) -> str:
-    """Markdown: first and last loss, largest difference from the first layout, gradient norm, median tokens/s."""
-    reference = next(iter(curves.values()))
-    lines = [
-        "| layout | steps | first loss | last loss | largest gap | mean gap | last grad norm | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, curve in curves.items():
-        common = [step for step in curve if step in reference]
-        gaps = [abs(curve[s]["loss/lm"] - reference[s]["loss/lm"]) for s in common]
-        first, last = curve[min(curve)], curve[max(curve)]
-        speed = statistics.median(row["throughput/tokens_per_second"] for row in list(curve.values())[1:])
-        lines.append(
-            f"| {name} | {max(curve)} | {first['loss/lm']:.4f} | {last['loss/lm']:.4f} | {max(gaps):.4f} "
-            f"| {statistics.mean(gaps):.4f} | {last['grad_norm']:.3f} | {speed:,.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+def claim(job: Job) -> None:
+    """Ends where the folder holds what another command left."""
+    path, text = job.folder / "command", shlex.join(job.command) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise SystemExit(f"{job.folder} holds {job.name} of another command: remove it, or choose another --runs")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
-def main() -> None:
+def collect(arguments: argparse.Namespace, jobs: list[Job]) -> dict[str, Any]:
+    """What all layouts have found so far, those that failed or still run included."""
+    layouts = {}
+    for job, (_, _, *overrides) in zip(jobs, arguments.layout, strict=True):
+        results = job.folder / "results.json"
+        if results.exists():
+            found = layout_tables.pick(json.loads(results.read_text()))
+            layouts[job.name] = {"gpus": job.gpus, "overrides": overrides, "finished": job.done, **found}
+    return {
+        "config": arguments.config, "set": arguments.set, "load": arguments.load, "reference": jobs[0].name,
+        "layouts": layouts,
+    }  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("--layout", nargs="+", action="append", required=True, metavar=("NAME RANKS", "a.b=c"))
+    parser.add_argument(
+        "--layout", nargs="+", action="append", required=True, metavar=("NAME GPUS", "a.b=c"),
+        help="a layout's name, GPUs and overrides; the first is the reference",
+    )  # fmt: skip
     parser.add_argument("--set", nargs="*", default=[], metavar="a.b=c", help="overrides for every layout")
+    parser.add_argument("--gpus", type=int, help="of this machine (default: those of the largest layout)")
+    parser.add_argument("--load", metavar="RUN", help="weights to start from: a run, or one of its checkpoints")
+    parser.add_argument("--curve", type=int, default=100, help="steps whose losses are compared")
+    parser.add_argument("--rounds", type=int, default=3, help="windows of dense and of sparse steps")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a window")
     parser.add_argument("--runs", type=Path, default=Path("runs/layouts"), help="where the runs go")
-    parser.add_argument("--output", type=Path, required=True, help="prefix of the .png and .md written")
+    parser.add_argument("--output", type=Path, required=True, help="prefix of the .json, .md and .png written")
     arguments = parser.parse_args()
+    for layout in arguments.layout:
+        if len(layout) < 2 or not layout[1].isdigit():
+            parser.error(f"--layout takes a name, a number of GPUs and overrides, not: {' '.join(layout)}")
+    for key, least in (("curve", 0), ("rounds", 1), ("steps", 1)):
+        if getattr(arguments, key) < least:
+            parser.error(f"--{key} must be at least {least}")
+    return arguments
 
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    curves: dict[str, Curve] = {}
-    for name, ranks, *overrides in arguments.layout:
-        directory = arguments.runs / name.lower().replace(" ", "-")
-        curves[name] = run_layout(arguments.config, name, int(ranks), [*arguments.set, *overrides], directory)
-        # After every layout: a machine that is taken away later leaves what was finished.
-        write_plot(curves, arguments.output.with_suffix(".png"))
-        arguments.output.with_suffix(".md").write_text(table(curves))
-    print(table(curves))
+
+def main() -> int:
+    arguments = parse()
+    jobs = [job_of(arguments, name, int(gpus), overrides) for name, gpus, *overrides in arguments.layout]
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise SystemExit("two layouts have the same name")
+    for job in jobs:
+        claim(job)
+
+    def report(_: Job | None = None) -> None:
+        layout_tables.write(collect(arguments, jobs), arguments.output)
+
+    try:
+        failed = run_jobs(jobs, arguments.gpus or max(job.gpus for job in jobs), report)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    report()
+    print(Path(f"{arguments.output}.md").read_text())
+    for job in failed:
+        print(f"failed: {job.name}; see {job.folder / 'console.log'}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
