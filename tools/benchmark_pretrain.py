@@ -248,10 +248,10 @@ def main() -> int:
         if arguments.load:
             resolve(Path(arguments.load))
         bench = Bench(cfg, arguments)
+        measure(bench)
     except (ConfigError, CheckpointError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    measure(bench)
     if bench.launch.rank == 0:
         pretrain_tables.write(bench.record, arguments.out)
     shut_down()
