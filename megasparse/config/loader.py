@@ -173,7 +173,7 @@ def _settle_l1(cfg: Config, origins: dict[Key, Origin]) -> tuple[Config, list[Pr
     default: `sparsity.l1.mode=off` on the command line turns the term off whatever the file says about it.
     """
     constant = {"warmup_steps", "decay_start_step", "decay_steps", "decay_to"}
-    target = {"target_l0", "min_coeff", "max_coeff", "gain", "ema_decay"}
+    target = {"target_l0", "gain"}
     unused = {"off": constant | target | {"coeff", "start_step"}, "constant": target, "target": constant}
     l1 = cfg.sparsity.l1
     since = origins.get(("sparsity", "l1", "mode"), Origin(-1, "default")).rank

@@ -272,13 +272,6 @@ def _l1(cfg: Config) -> Iterator[Problem]:
                 "set a count of neurons, not of tokens",
                 l1.target_l0,
             )
-        if not l1.min_coeff <= l1.coeff <= l1.max_coeff:
-            yield Problem(
-                "sparsity.l1.coeff",
-                f"outside min_coeff .. max_coeff = {l1.min_coeff} .. {l1.max_coeff}",
-                "set it between them",
-                l1.coeff,
-            )
     elif l1.decay_start_step is not None and l1.decay_start_step < l1.start_step + l1.warmup_steps:
         yield Problem(
             "sparsity.l1.decay_start_step",

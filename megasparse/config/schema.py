@@ -101,7 +101,8 @@ class L1Config(Section):
 
     mode: Literal["off", "constant", "target"] = "off"
     coeff: PositiveFloat = 2e-5
-    """constant: the coefficient. target: where every layer's coefficient starts."""
+    """constant: the coefficient. target: where every layer's coefficient starts; it stays within a twentieth and a
+    hundredfold of it."""
     start_step: NonNegativeInt = 0
     """First step with the term on."""
     warmup_steps: NonNegativeInt = 0
@@ -114,24 +115,21 @@ class L1Config(Section):
     """constant: coefficient at the end of the fall."""
     target_l0: PositiveFloat | Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_tuple)] | None = None
     """target: active neurons per token, one number for all layers or one per layer."""
-    min_coeff: PositiveFloat = 1e-7
-    max_coeff: PositiveFloat = 2e-3
     gain: PositiveFloat = 0.03
     """target: log coeff += gain * clip(e, -1, 1) every step, e the log(L0 / target) expected some steps ahead
     (training/l1.py)."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """target: decay of the running mean of each layer's L0."""
 
 
 class ReinitConfig(Section):
-    """Dead neurons get new gate rows (up rows where not gated) and zero Adam moments."""
+    """Dead neurons get new gate rows (up rows where not gated) that fire as often as the layer's average neuron, and
+    zero Adam moments (training/dead_neurons.py)."""
 
     every: NonNegativeInt = 0
     """Steps between re-initialisations; 0: off."""
-    until_fraction: Fraction = 0.6
+    until_fraction: Fraction = 0.95
     """Stop after this fraction of training.steps."""
     std: PositiveFloat | None = None
-    """Standard deviation of the new rows; None: model.init_std."""
+    """Standard deviation of the new rows, but for their bias against the mean input; None: model.init_std."""
 
 
 class SparsityConfig(Section):

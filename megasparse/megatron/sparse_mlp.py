@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megasparse.megatron.autograd import AttachL1, FusedWeightGrad
+from megasparse.megatron.input_moments import InputMoments
 from megasparse.megatron.neuron_weight import DownWeight, InWeight
 from megasparse.megatron.stats import LayerStats
 from megasparse.mlp import LayerRouter, MainGrads, sparse_mlp
@@ -101,6 +102,8 @@ class SparseMLP(MegatronModule):
         self.l1_coeff = torch.tensor(float(l1_coeff), dtype=torch.float32, device=device)
         """fp32 [] on the device: write to it in place to change the coefficient without a synchronisation."""
         self.recorder = LayerStats(hidden, device)
+        self.input_moments: InputMoments | None = None
+        """Where training steps count their inputs, while somebody wants to know."""
         self.router = LayerRouter(path, hidden, config.hidden_size, device=device, dtype=config.params_dtype)
         self.fallback_mask: Callable[[], Tensor | None] = lambda: None
         """Where the padding mask comes from if the caller has none; see `model.relay_padding_mask`."""
@@ -130,6 +133,8 @@ class SparseMLP(MegatronModule):
             x = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             x = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        if self.input_moments is not None and self.training:
+            self.input_moments.add(x)
         mask = self._token_mask(padding_mask if padding_mask is not None else self.fallback_mask(), x)
         w_in, w_down, main_grads = self._weights()
         out = sparse_mlp(

@@ -2,16 +2,22 @@
 
 Every `sparsity.reinit.every` steps, until `until_fraction` of the run, each neuron that fired for no counted token of
 the whole job in the last `dead_window_steps` steps gets a new row in the gate matrix (in the up matrix where there is
-no gate): normal(0, std). Adam's moments of the row are zeroed and the fp32 master weights replaced, also under the
-distributed optimizer, which holds a flat range of each parameter.
+no gate). Adam's moments of the row are zeroed and the fp32 master weights replaced, also under the distributed
+optimizer, which holds a flat range of each parameter.
 
-The new values are a function of (seed, step, layer, global neuron, column), computed by a counter-based generator, so
-they are the same at any TP, PP and DP.
+A row of independent normal numbers fires for half of all tokens. Some hundreds of such rows in a layer whose neurons
+fire for one token in a hundred multiply its L0 for tens of steps, and most die again on the way down. So the new rows
+are normal(0, std) across the layer's mean input, and lean against it so far that they fire as often as the layer's
+average neuron does.
+
+The normal numbers are a function of (seed, step, layer, global neuron, column), computed by a counter-based generator,
+and the mean input is that of the whole batch, so the rows are the same at any TP, PP and DP, but for rounding.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +26,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megasparse.config import Config
+from megasparse.megatron.input_moments import InputMoments
 from megasparse.training.optimizer import adam_moments, main_parameter
 
 _MASK = (1 << 64) - 1
@@ -32,22 +39,24 @@ def reinit_is_due(cfg: Config, step: int) -> bool:
 
 
 @torch.no_grad()
-def reinitialise(cfg: Config, mlps: Sequence[Any], optimizer: Any, step: int) -> list[int]:
-    """Gives dead neurons new rows. Collective.
+def reinitialise(cfg: Config, mlps: Sequence[Any], optimizer: Any, step: int, l0: Sequence[float]) -> list[int]:
+    """Gives dead neurons new rows. Collective. `watch_inputs` must have been called before the step.
 
     Args:
         cfg: the run.
         mlps: this rank's SparseMLP modules.
         optimizer: Megatron's optimizer.
         step: the step that has just ended.
+        l0: active neurons per token of every global layer in that step.
 
     Returns:
         the number of re-initialised neurons of every global layer, on every rank.
     """
     counts = torch.zeros(cfg.model.num_layers, dtype=torch.int64, device=torch.cuda.current_device())
     share_idle_steps(mlps)
+    inputs = take_inputs(mlps)
     std = cfg.sparsity.reinit.std or cfg.model.init_std
-    for mlp in mlps:
+    for mlp, table in zip(mlps, inputs, strict=True):
         dead = mlp.recorder.steps_since_fired >= cfg.sparsity.dead_window_steps
         neurons = dead.nonzero().squeeze(1)
         counts[mlp.layer_index] = neurons.numel()
@@ -55,12 +64,60 @@ def reinitialise(cfg: Config, mlps: Sequence[Any], optimizer: Any, step: int) ->
             first = parallel_state.get_tensor_model_parallel_rank() * dead.numel()
             width = mlp.linear_fc1.weight.shape[1]
             seed = stream_seed(cfg.training.seed, step, mlp.layer_index)
-            rows = normal_rows(seed, neurons + first, width) * std
+            mean, square = InputMoments.read(table)
+            rate = l0[mlp.layer_index] / cfg.model.ffn_hidden_size
+            rows = lean(normal_rows(seed, neurons + first, width) * std, std, mean, square, rate)
             _replace_rows(optimizer, mlp.linear_fc1.weight, neurons, rows)
         mlp.recorder.revive(dead)
     # Tensor-parallel ranks hold different neurons, pipeline ranks different layers, data-parallel ranks the same.
     dist.all_reduce(counts, group=parallel_state.get_model_parallel_group())
     return [int(value) for value in counts.tolist()]
+
+
+def watch_inputs(mlps: Sequence[Any]) -> None:
+    """From here on the layers count their inputs; `reinitialise` ends it."""
+    for mlp in mlps:
+        weight = mlp.linear_fc1.weight
+        mlp.input_moments = InputMoments(weight.shape[1], weight.device)
+
+
+def take_inputs(mlps: Sequence[Any]) -> list[torch.Tensor]:
+    """`InputMoments.table` of each layer, over all tokens of the job. Collective."""
+    tables = [mlp.input_moments.table for mlp in mlps]
+    for mlp in mlps:
+        mlp.input_moments = None
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if not tables or group.size() == 1:
+        return tables
+    whole = torch.stack(tables)
+    dist.all_reduce(whole, group=group)
+    return list(whole)
+
+
+def lean(rows: torch.Tensor, std: float, mean: torch.Tensor, square: float, rate: float) -> torch.Tensor:
+    """Turns normal rows so that each fires for a share `rate` of the inputs.
+
+    With m the mean input, S = E|x|^2 - |m|^2 and z the normal quantile of 1 - rate, a row n across m, leaning by -a
+    along it, has pre-activations of mean -a |m| and, if the inputs scatter alike in all D directions, variance
+    std^2 S + a^2 S / D. The wanted share fires where z^2 times this is a^2 |m|^2. A layer without a mean input that
+    stands out of the scatter allows no such a; its rows lean by no more than their own length.
+
+    Args:
+        rows: fp32 [n, D], normal(0, std).
+        mean, square: of the inputs: m, fp32 [D], and E|x|^2.
+        rate: between 0 and 1.
+    """
+    length = float(mean.norm())
+    scatter = max(square - length * length, 0.0)
+    if length == 0.0:
+        return rows
+    width = rows.shape[1]
+    quantile = max(0.0, statistics.NormalDist().inv_cdf(1.0 - min(max(rate, 1e-4), 0.5)))
+    margin = length * length - quantile * quantile * scatter / width
+    longest = std * math.sqrt(width)
+    shift = min(longest, quantile * std * math.sqrt(scatter / margin)) if margin > 0.0 else longest
+    direction = mean / length
+    return rows - (rows @ direction + shift)[:, None] * direction
 
 
 @torch.no_grad()

@@ -12,6 +12,9 @@ raising the coefficient all that while and then overshoots far below the target,
 second term adds where L0 will be in LOOK_AHEAD steps at its present speed: the coefficient stops rising as soon as
 L0 is falling fast enough.
 
+A layer may stay below its target without any L1 term. Its coefficient then rests at `coeff` / REST, where the term has
+next to no effect, instead of falling on and on: from there it is back in some tens of steps when the layer needs it.
+
 Every rank computes the same coefficients, bit by bit: they follow from integer counts which are summed over the
 whole job (`layer_stats.py`), in double precision, on the host. The counts of a step move the coefficients of the next.
 """
@@ -28,6 +31,12 @@ from megasparse.config import Config, L1Config
 
 LOOK_AHEAD = 80.0
 """Steps. Near critical damping for responses of L0 within 30 to 200 steps at the default gain (tests)."""
+EMA_DECAY = 0.9
+"""Of the running mean of each layer's L0."""
+REST = 20.0
+"""`coeff` over the smallest coefficient of a steered layer."""
+CEILING = 100.0
+"""The largest coefficient of a steered layer over `coeff`: a target that needs more is out of reach."""
 
 
 def constant_coefficient(l1: L1Config, step: int) -> float:
@@ -85,11 +94,10 @@ class L1Controller:
         """Takes the measured L0 of every layer in step `step`; moves the coefficients of the next (`target`)."""
         if not self.needs_statistics:
             return
-        decay = self._l1.ema_decay
-        lowest, highest = math.log(self._l1.min_coeff), math.log(self._l1.max_coeff)
+        lowest, highest = math.log(self._l1.coeff / REST), math.log(self._l1.coeff * CEILING)
         for layer, value in enumerate(l0):
             ema = self._ema[layer]
-            ema = value if ema is None else decay * ema + (1.0 - decay) * value
+            ema = value if ema is None else EMA_DECAY * ema + (1.0 - EMA_DECAY) * value
             # A layer in which nothing fires has no logarithm; one neuron per million tokens stands for it.
             error = math.log(max(ema, 1e-6) / self._targets[layer])
             before = self._error[layer]

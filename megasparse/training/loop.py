@@ -23,7 +23,7 @@ from megasparse.training.checkpoint import Checkpointer
 from megasparse.training.checkpoint_files import CheckpointError
 from megasparse.training.data import DataChangedError, StepLoader, check_probes, data_probes
 from megasparse.training.datasets import Datasets, build_datasets
-from megasparse.training.dead_neurons import reinit_is_due, reinitialise
+from megasparse.training.dead_neurons import reinit_is_due, reinitialise, watch_inputs
 from megasparse.training.distributed import Launch, initialize, read_environment, shut_down
 from megasparse.training.evaluate import run_validation
 from megasparse.training.heartbeat import Heartbeat
@@ -125,10 +125,13 @@ def is_due(interval: int, step: int, end: bool) -> bool:
 
 
 def prepare_step(run: Run, step: int) -> float:
-    """Sets learning rate and L1 coefficients of the step; returns the learning rate."""
+    """Sets learning rate and L1 coefficients of the step and what is counted in it; returns the learning rate."""
     run.state.l1.set_step(step, run.state.mlps)
-    if run.state.l1.needs_statistics or routes_after(run.cfg, step):
+    reinit = reinit_is_due(run.cfg, step)
+    if run.state.l1.needs_statistics or routes_after(run.cfg, step) or reinit:
         run.counter.begin()
+    if reinit:
+        watch_inputs(run.state.mlps)
     return float(run.state.scheduler.set_step(step))
 
 
@@ -153,8 +156,8 @@ def finish_step(run: Run, result: StepResult) -> list[int] | None:
         state.l1.update(state.step, counts.l0)
         if routes_after(cfg, state.step):
             route(cfg, state, counts)
-    if reinit_is_due(cfg, state.step):
-        return reinitialise(cfg, state.mlps, state.optimizer, state.step)
+        if reinit_is_due(cfg, state.step):
+            return reinitialise(cfg, state.mlps, state.optimizer, state.step, counts.l0)
     return None
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_trains_grows_measures_and_reports(tmp_path: Path, data_folder: Path) -> None:
     config = configuration(tmp_path / "run", str(data_folder / "a"))
     config["model"] |= {"hidden_size": 32, "ffn_hidden_size": 128}
-    config["sparsity"] = {"path": "sparse", "l1": {"mode": "target", "target_l0": 16, "coeff": 3e-3, "max_coeff": 1.0}}
+    config["sparsity"] = {"path": "sparse", "l1": {"mode": "target", "target_l0": 16, "coeff": 3e-3}}
     config["training"]["steps"] = 200
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"

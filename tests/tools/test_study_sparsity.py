@@ -13,7 +13,7 @@ import yaml
 
 from tests.training.cases import configuration
 
-TARGET = ("sparsity.l1.mode=target", "sparsity.l1.target_l0=4", "sparsity.l1.coeff=0.3", "sparsity.l1.max_coeff=10")
+TARGET = ("sparsity.l1.mode=target", "sparsity.l1.target_l0=4", "sparsity.l1.coeff=0.3")
 
 
 def words(folder: Path, *more: str, runs: str = "runs") -> list[str]:

@@ -33,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SPARSITY: dict[str, dict[str, Any]] = {
     "constant": {"l1": {"mode": "constant", "coeff": 5e-2, "warmup_steps": 5}},
     "target-reinit": {
-        "l1": {"mode": "target", "target_l0": 8, "coeff": 1e-3, "max_coeff": 1.0, "gain": 0.3, "start_step": 2},
+        "l1": {"mode": "target", "target_l0": 8, "coeff": 1e-3, "gain": 0.3, "start_step": 2},
         "reinit": {"every": 4},
         "dead_window_steps": 3,
     },

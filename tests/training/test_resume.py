@@ -13,7 +13,7 @@ from tests.training.cases import configuration
 from tests.training.forked import Helper
 
 SPARSITY: dict[str, Any] = {
-    "l1": {"mode": "target", "target_l0": 8, "coeff": 1e-3, "max_coeff": 1.0, "gain": 0.3, "start_step": 2},
+    "l1": {"mode": "target", "target_l0": 8, "coeff": 1e-3, "gain": 0.3, "start_step": 2},
     "reinit": {"every": 5, "until_fraction": 1.0},
     "dead_window_steps": 3,
     "route_interval": 3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from megasparse.config import Config, parse_config
+from megasparse.training import l1 as law
 from megasparse.training.l1 import L1Controller
 from megasparse.training.schedule import LearningRate
 from tests.training.cases import configuration
@@ -99,8 +101,11 @@ def test_l1_constant_with_start_warm_up_and_decay() -> None:
     assert coefficients(controller, 20) == pytest.approx(expected)
 
 
-def steer(response: float, sensitivity: float, steps: int = 800) -> tuple[list[float], L1Controller]:
-    """A layer whose log L0 follows its coefficient with time constant `response` and slope `sensitivity`."""
+def steer(
+    response: float, sensitivity: float, steps: int = 800, rest: Callable[[int], float] = lambda _: 400.0
+) -> tuple[list[float], L1Controller]:
+    """A layer whose log L0 follows its coefficient with time constant `response` and slope `sensitivity`, up to `rest`,
+    its L0 of the step without the term."""
     l1 = {"mode": "target", "target_l0": 64, "start_step": 40}
     data = configuration(Path("run"), "data", sparsity={"l1": l1}, training={"steps": steps})
     data["model"]["ffn_hidden_size"] = 5632
@@ -109,8 +114,9 @@ def steer(response: float, sensitivity: float, steps: int = 800) -> tuple[list[f
     for step in range(1, steps + 1):
         controller.set_step(step, [])
         coefficient = controller.coefficients[0]
-        rest = math.log(400.0)  # without the term
-        goal = min(rest, math.log(150.0) - sensitivity * math.log(coefficient / 2e-5)) if coefficient else rest
+        goal = math.log(rest(step))
+        if coefficient:
+            goal = min(goal, math.log(150.0) - sensitivity * math.log(coefficient / 2e-5))
         level += (goal - level) / response
         controller.update(step, [math.exp(level + noise.gauss(0.0, 0.03))] * 4)
         track.append(math.exp(level))
@@ -126,14 +132,32 @@ def test_l1_target_is_met_without_overshoot(response: float, sensitivity: float)
     assert track[-1] == pytest.approx(64, rel=0.15)
 
 
+def test_l1_target_rests_below_it_and_is_soon_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 steps below the target must not wind the coefficient down so far that the layer then gets away."""
+
+    def rest(step: int) -> float:
+        return 40.0 if step < 480 else 400.0
+
+    track, controller = steer(60, 0.6, steps=470, rest=rest)
+    assert controller.coefficients[0] == pytest.approx(2e-5 / law.REST)
+    assert track[-1] == pytest.approx(40, rel=0.05)
+    track, _ = steer(60, 0.6, steps=1000, rest=rest)
+    above = sum(level > 1.2 * 64 for level in track[480:])
+    monkeypatch.setattr(law, "REST", 1e9)
+    wound_down, _ = steer(60, 0.6, steps=1000, rest=rest)
+    assert above < 330
+    assert sum(level > 1.2 * 64 for level in wound_down[480:]) > 1.4 * above
+    assert track[-1] == pytest.approx(64, rel=0.05)
+
+
 def test_l1_target_keeps_its_bounds_and_its_state() -> None:
-    l1 = {"mode": "target", "target_l0": [4, 8, 16, 32], "min_coeff": 1e-6, "max_coeff": 1e-3, "gain": 0.5}
+    l1 = {"mode": "target", "target_l0": [4, 8, 16, 32], "gain": 0.5}
     cfg = config(sparsity={"l1": l1})
     one, other = L1Controller(cfg), L1Controller(cfg)
     for step in range(1, 60):
         one.update(step, [20.0, 8.0, 8.0, 8.0])
     one.set_step(60, [])
-    assert one.coefficients == pytest.approx([1e-3, 2e-5, 1e-6, 1e-6])
+    assert one.coefficients == pytest.approx([2e-3, 2e-5, 1e-6, 1e-6])
     other.load_state_dict(one.state_dict())
     for controller in (one, other):
         controller.update(60, [3.0, 9.0, 7.5, 0.0])
