@@ -41,10 +41,11 @@ from pretrain_prepare import (
     mean,
     measured_sparsity,
     places,
+    resident,
     sparse_run,
     synced,
 )
-from pretrain_variants import Variant, note_breakdown, note_memory, note_speed, resident, use, window
+from pretrain_variants import Variant, note_breakdown, note_memory, note_speed, use, window
 
 from megasparse.config import ConfigError, Problem, load_config
 from megasparse.megatron import megatron_layer_spec

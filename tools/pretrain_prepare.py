@@ -170,9 +170,31 @@ def sparse_run(bench: Bench) -> Run:
     return run
 
 
+def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """What this rank's optimizer holds besides the model: main parameters and moments (in fp32 training the former
+    are the model's own)."""
+    held = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        held += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        held += [x for state in part.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+    return held
+
+
+def resident(run: Run) -> list[torch.Tensor]:
+    """Tensors that a run holds between steps."""
+    parameters = [parameter for chunk in run.state.model for parameter in chunk.parameters()]
+    gradients = [parameter.main_grad for parameter in parameters if hasattr(parameter, "main_grad")]
+    return [*parameters, *gradients, *optimizer_tensors(run.state.optimizer)]
+
+
 def close(run: Run) -> None:
+    """Ends a run for good, and gives its memory back."""
     run.loader.close()
     run.checkpointer.close()
+    # Megatron's hooks for overlapped reductions hold the model, and it holds them: a ring through C++, which Python's
+    # collector does not see. So the memory goes, whoever still refers to it.
+    for tensor in resident(run):
+        tensor.untyped_storage().resize_(0)
 
 
 def clean() -> None:

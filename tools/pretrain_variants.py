@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from pretrain_prepare import Bench, clean, mean
+from pretrain_prepare import Bench, clean, mean, optimizer_tensors, resident
 
 from megasparse.config import Config
 from megasparse.monitoring.breakdown import profile_step
@@ -172,23 +172,6 @@ def everywhere(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """What this rank's optimizer holds besides the model: main parameters and moments (in fp32 training the former
-    are the model's own)."""
-    held = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        held += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
-        held += [x for state in part.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    return held
-
-
-def resident(run: Run) -> list[torch.Tensor]:
-    """Tensors that a run holds between steps."""
-    parameters = [parameter for chunk in run.state.model for parameter in chunk.parameters()]
-    gradients = [parameter.main_grad for parameter in parameters if hasattr(parameter, "main_grad")]
-    return [*parameters, *gradients, *optimizer_tensors(run.state.optimizer)]
 
 
 def note_breakdown(bench: Bench, variant: Variant) -> None:
