@@ -22,7 +22,6 @@ own inputs. How the random model is made: `inference_model.py`. Writes results.j
 import argparse
 import copy
 import json
-import platform
 import statistics
 import sys
 import time
@@ -44,7 +43,7 @@ from rich.table import Table
 from megasparse.hf import accelerate, calibrate, restore
 from megasparse.hf.inference_mlp import InferenceMLP
 from megasparse.monitoring.energy import EnergyMeter
-from megasparse.monitoring.environment import git_commit
+from megasparse.monitoring.environment import describe_environment
 
 NO_TIMES = ("errors", "failed", "routes")
 """Parts of the results that do not compare whole models."""
@@ -364,20 +363,6 @@ def plot(results: dict[str, Any], title: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def environment(bench: Bench) -> dict[str, str]:
-    import transformers
-
-    return {
-        "device": torch.cuda.get_device_name() if bench.cuda else "cpu",
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": git_commit() or "unknown",
-        "command": " ".join(sys.argv),
-    }
-
-
 def shape(text: str) -> tuple[int, ...]:
     numbers = tuple(map(int, text.split(",")))
     if len(numbers) != 5:
@@ -430,10 +415,19 @@ def main() -> int:
     results = run(bench, console)
     print_results(results, console)
     console.print(f"{time.perf_counter() - start:.0f} s in all")
-    record = {"environment": environment(bench), "settings": vars(parsed), "layers": layers, "results": results}
+    record = {
+        "environment": describe_environment(world_size=1),
+        "settings": vars(parsed),
+        "layers": layers,
+        "results": results,
+    }
     parsed.out.mkdir(parents=True, exist_ok=True)
     (parsed.out / "results.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
-    plot(results, f"{record['environment']['device']}, {parsed.batch} x {parsed.sequence}", parsed.out / "results.png")
+    plot(
+        results,
+        f"{record['environment'].get('gpu', 'CPU')}, {parsed.batch} x {parsed.sequence}",
+        parsed.out / "results.png",
+    )
     restore(bench.sparse)
     return int("failed" in results)
 

@@ -18,7 +18,6 @@ path that the router would choose.
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megasparse.mlp import LayerRouter, device_reason, sparse_mlp, synthetic
 from megasparse.mlp.dispatch import ENTER_SPARSE, predicted_ratio
-from megasparse.monitoring.environment import git_commit
+from megasparse.monitoring.environment import describe_environment
 
 L1_WEIGHT = 1e-6
 OUTPUTS = ("y", "dx", "dw_gate", "dw_up", "dw_down")
@@ -305,17 +304,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def environment() -> dict[str, str]:
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "python": platform.python_version(),
-        "commit": git_commit() or "unknown",
-        "command": " ".join(sys.argv),
-    }
-
-
 def shape(text: str) -> tuple[int, int, int]:
     tokens, width, hidden = map(int, text.split(","))
     return tokens, width, hidden
@@ -370,7 +358,11 @@ def main() -> int:
             del layer, functions
             torch.cuda.empty_cache()
             # After every case: a machine that is taken away later leaves what was measured.
-            record = {"environment": environment(), "cases": rows, "sums_over_layers": sums_over_layers(rows)}
+            record = {
+                "environment": describe_environment(world_size=1),
+                "cases": rows,
+                "sums_over_layers": sums_over_layers(rows),
+            }
             (arguments.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     if not rows:
         print("error: nothing to measure: no pattern, and no layer of a checkpoint has such a shape", file=sys.stderr)
