@@ -19,11 +19,22 @@ laid beside those of other parallel layouts (tools/compare_layouts.py). All of t
 and trains the whole for `--settle-minutes`. What sparsity that led to is measured in the model that is timed, and
 printed for every layer.
 
+`--try` costs what can be switched in a model that is built, on the same weights, in the same turns:
+
+    --try recompute_granularity=full,recompute_method=uniform,recompute_num_layers=1     full recomputation
+    --try checkpoint_core_attention=True        selective: the attention between the projections
+    --try recompute_mlp=True                    selective: the MLP (in bf16)
+    --try recompute_pre_mlp_layernorm=True      selective: the norm before the MLP (Transformer Engine)
+    --try fp8=hybrid,fp8_recipe=delayed         attention projections in 8 bits (Transformer Engine)
+    --try fp8=hybrid,fp8_recipe=tensorwise,save_original_input=True     what Megatron builds for other recipes
+
+each alone or, joined by commas, together; behind `dense:` with the MLPs on the dense path. One call takes either
+delayed scaling or other recipes.
+
 Writes results.json (after every stage), results.png and tables.txt to `--out`; prints the tables.
 """
 
 import argparse
-import ast
 import math
 import sys
 from pathlib import Path
@@ -45,9 +56,9 @@ from pretrain_prepare import (
     sparse_run,
     synced,
 )
-from pretrain_variants import Variant, note_breakdown, note_memory, note_speed, use, window
+from pretrain_variants import Variant, note_breakdown, note_memory, note_speed, parse_attempt, use, window
 
-from megasparse.config import ConfigError, Problem, load_config
+from megasparse.config import Config, ConfigError, Problem, load_config
 from megasparse.megatron import megatron_layer_spec
 from megasparse.megatron.transfer import set_weights, weights_of
 from megasparse.monitoring.energy import EnergyMeter
@@ -94,9 +105,9 @@ def measure(bench: Bench) -> None:
         Variant("dense", run, still, bench.loader(still, run), ["dense"] * len(paths)),
         Variant("sparse", run, still, bench.loader(still, run), paths),
     ]
-    for text in arguments.attempts:
-        key, _, value = text.partition("=")
-        variants.append(Variant(f"sparse, {text}", run, still, bench.loader(still, run), paths, {key: literal(value)}))
+    for name, dense, settings in arguments.attempts:
+        chosen = ["dense"] * len(paths) if dense else paths
+        variants.append(Variant(name, run, still, bench.loader(still, run), chosen, settings))
     for variant in variants:
         variant.prepare()
         variant.step()
@@ -132,14 +143,6 @@ def measure(bench: Bench) -> None:
             variant.step()
             note_memory(bench, variant, [each.run for each in variants], l0)
     compare(bench, variants, layers)
-
-
-def literal(text: str) -> Any:
-    """A Python literal, or the text itself where it is none."""
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 def room_for_another(record: dict[str, Any], run: Run) -> bool:
@@ -212,6 +215,21 @@ def baseline(bench: Bench, weights: list[dict[str, torch.Tensor]]) -> Run:
     return other
 
 
+def attempt(text: str) -> tuple[str, bool, dict[str, Any]]:
+    try:
+        return parse_attempt(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def mixes_delayed_scaling(cfg: Config, attempts: list[dict[str, Any]]) -> bool:
+    """See `Switches`."""
+    own = {"fp8": cfg.training.fp8, "fp8_recipe": cfg.training.fp8_recipe} if cfg.training.fp8 != "off" else {}
+    variants = [{"fp8": None, "fp8_recipe": "delayed", **own, **settings} for settings in ({}, *attempts)]
+    recipes = {variant["fp8_recipe"] for variant in variants if variant["fp8"]}
+    return "delayed" in recipes and len(recipes) > 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
@@ -225,8 +243,9 @@ def main() -> int:
     parser.add_argument("--curve", type=int, default=0, help="then steps whose losses are recorded, before measuring")
     parser.add_argument("--baseline", choices=["megatron"])
     parser.add_argument(
-        "--try", dest="attempts", action="append", default=[], metavar="KEY=VALUE",
-        help="one more variant: sparse, with this attribute of Megatron's TransformerConfig and of its modules",
+        "--try", dest="attempts", action="append", default=[], type=attempt, metavar="[dense:]KEY=VALUE[,KEY=VALUE...]",
+        help="one more variant: sparse (or dense), with these attributes of Megatron's TransformerConfig and of its "
+        "modules; see above",
     )  # fmt: skip
     parser.add_argument(
         "--larger", type=float, default=1.5, help="larger micro-batch of the sparse path, on one GPU; 1: none"
@@ -248,6 +267,8 @@ def main() -> int:
             )
         if arguments.load:
             resolve(Path(arguments.load))
+        if mixes_delayed_scaling(cfg, [settings for _, _, settings in arguments.attempts]):
+            parser.error("--try: delayed scaling, once used, slows other fp8 recipes; measure it in a call of its own")
         bench = Bench(cfg, arguments)
         measure(bench)
     except (ConfigError, CheckpointError, LaunchError) as error:

@@ -1,6 +1,8 @@
 """What tools/benchmark_pretrain.py compares, and how one of them is measured: speed, memory, where the time goes."""
 
+import ast
 import dataclasses
+import re
 import statistics
 import time
 from typing import Any
@@ -31,7 +33,8 @@ def use(run: Run, cfg: Config, loader: StepLoader) -> None:
 
 class Switches:
     """Attributes that a variant has otherwise: of Megatron's TransformerConfig and of every module that has them. Only
-    what is read in each forward can be switched."""
+    what is read in each forward can be switched. Two variants must not have Transformer Engine's delayed scaling and
+    another recipe: once used, it updates its scales whenever an fp8 context ends, whatever that one's recipe."""
 
     def __init__(self) -> None:
         self._originals: list[tuple[Any, str, Any]] = []
@@ -41,8 +44,12 @@ class Switches:
         for target, key, value in reversed(self._originals):
             setattr(target, key, value)
         self._originals.clear()
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        for module in modules:
+            # The fp8 copies of weights, which Transformer Engine keeps until it needs them again, are no variant's but
+            # their own.
+            getattr(module, "_fp8_workspaces", {}).clear()
         for key, value in settings.items():
-            modules = [module for chunk in chunks for module in chunk.modules()]
             configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
             targets = [target for target in (*configs.values(), *modules) if hasattr(target, key)]
             if not targets:
@@ -53,6 +60,31 @@ class Switches:
 
 
 SWITCHES = Switches()
+
+
+def parse_attempt(text: str) -> tuple[str, bool, dict[str, Any]]:
+    """`[dense:]KEY=VALUE[,KEY=VALUE...]` -> name of the variant, whether its MLPs run dense, what `Switches` sets.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    path, found, listed = text.partition("dense:")
+    dense = bool(found) and not path
+    settings = {}
+    for setting in re.split(r",(?=\w+=)", listed if dense else text):
+        key, separator, value = setting.partition("=")
+        if not separator or not key.isidentifier():
+            raise ValueError(f"{text}: {setting!r} is not KEY=VALUE")
+        settings[key] = literal(value)
+    return f"dense, {listed}" if dense else f"sparse, {text}", dense, settings
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or the text itself where it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 @dataclasses.dataclass

@@ -13,6 +13,12 @@ import yaml
 from tests.training.cases import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
+TRIED = (
+    "gradient_accumulation_fusion=False",
+    "recompute_granularity=full,recompute_method=uniform,recompute_num_layers=1",
+    "checkpoint_core_attention=True",
+    "dense:recompute_mlp=True",
+)
 
 
 def test_trains_grows_measures_and_reports(tmp_path: Path, data_folder: Path) -> None:
@@ -25,7 +31,7 @@ def test_trains_grows_measures_and_reports(tmp_path: Path, data_folder: Path) ->
     command = [
         sys.executable, "tools/benchmark_pretrain.py", str(tmp_path / "config.yaml"), "optimizer.lr=1e-3",
         "--train-minutes", "0.03", "--train-layers", "2", "--train-batch", "2", "--settle-minutes", "0.01",
-        "--baseline", "megatron", "--try", "gradient_accumulation_fusion=False",
+        "--baseline", "megatron", *(word for text in TRIED for word in ("--try", text)),
         "--rounds", "2", "--steps", "1", "--out", str(out),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -36,14 +42,17 @@ def test_trains_grows_measures_and_reports(tmp_path: Path, data_folder: Path) ->
     assert len(record["layers"]) == 4
     assert all(0 < row["l0"] < 128 and row["path"] == "sparse" for row in record["layers"])
     variants = record["variants"]
-    attempt = "sparse, gradient_accumulation_fusion=False"
+    attempts = [f"sparse, {text}" for text in TRIED[:-1]] + ["dense, recompute_mlp=True"]
     assert list(variants) == [
-        "dense", "sparse", attempt, "sparse, micro-batch 2", "megatron", "megatron, SwiGLU",
+        "dense", "sparse", *attempts, "sparse, micro-batch 2", "megatron", "megatron, SwiGLU",
     ]  # fmt: skip
     # The same function of the same weights on the same samples, whatever computes it.
-    losses = [variants[name]["windows"][0]["loss"] for name in ("dense", "sparse", attempt, "megatron")]
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
-    assert variants["megatron, SwiGLU"]["windows"][0]["loss"] != pytest.approx(losses[0], rel=1e-5)
+    losses = {name: variants[name]["windows"][0]["loss"] for name in ("dense", "sparse", *attempts, "megatron")}
+    assert list(losses.values()) == pytest.approx([losses["dense"]] * len(losses), rel=1e-5)
+    # Recomputation repeats the same operations.
+    assert {losses[name] for name in attempts[1:3]} == {losses["sparse"]}
+    assert losses["dense, recompute_mlp=True"] == losses["dense"]
+    assert variants["megatron, SwiGLU"]["windows"][0]["loss"] != pytest.approx(losses["dense"], rel=1e-5)
     # And the weights stay where they are: the loss of the next window is that of other samples alone.
     later = [variants[name]["windows"][1]["loss"] for name in ("dense", "sparse", "megatron")]
     assert later == pytest.approx([later[0]] * 3, rel=1e-5)
@@ -68,4 +77,28 @@ def test_a_configuration_that_does_not_fit_is_refused_in_words(tmp_path: Path, d
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "training.global_batch_size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("attempts", "message"),
+    [
+        (["dense:recompute_mlp"], "'recompute_mlp' is not KEY=VALUE"),
+        (["fp8=hybrid", "fp8=hybrid,fp8_recipe=tensorwise"], "in a call of its own"),
+    ],
+)
+def test_variants_that_cannot_be_are_refused_in_words(attempts: list[str], message: str, tmp_path: Path) -> None:
+    words = [word for text in attempts for word in ("--try", text)]
+    command = [
+        sys.executable,
+        "tools/benchmark_pretrain.py",
+        "configs/paper-0.5b.yaml",
+        "model.vocab_size=256",
+        *words,
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
