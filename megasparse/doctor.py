@@ -20,8 +20,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
+
+if TYPE_CHECKING:
+    from megasparse.megatron.fp8 import Recipe
 
 Status = Literal["ok", "warn", "fail"]
 MEGATRON_VERSIONS = ((0, 16, 1), (0, 20))
@@ -207,7 +210,11 @@ def _transformer_engine() -> Iterator[Check]:
                     "Megatron-Core imports it and fails too",
                     "install the version for this PyTorch, or uninstall it")  # fmt: skip
         return
-    yield Check("Transformer Engine", "ok", version)
+    from megasparse.megatron.fp8 import missing
+
+    recipes: tuple[Recipe, ...] = ("delayed", "tensorwise", "blockwise")
+    usable = [recipe for recipe in recipes if missing(recipe) is None]
+    yield Check("Transformer Engine", "ok", f"{version}; training.fp8_recipe: {', '.join(usable) or 'none'}")
 
 
 def _apex() -> Iterator[Check]:

@@ -164,7 +164,7 @@ def _stage(
     return StageMemory(
         stage=stage,
         parameters=count,
-        weights=count * element,
+        weights=count * element + _fp8_weights(cfg),
         gradients=count * (4 if parallel.grad_reduce_in_fp32 else element),
         optimizer=-(-count * state // shards),
         activations_dense=activations(mlp_dense),
@@ -192,6 +192,16 @@ def parameters_on_stage(cfg: Config, stage: int) -> int:
         if not model.tie_embeddings or parallel.pipeline > 1:
             count += parameters.embedding // tensor
     return count
+
+
+def _fp8_weights(cfg: Config) -> int:
+    """Bytes of the projections' 8-bit copies on one rank, which Transformer Engine keeps from one step to the next: as
+    they are, and transposed for the backward."""
+    if cfg.training.fp8 == "off":
+        return 0
+    model, parallel = cfg.model, cfg.parallel
+    rows = 2 * (model.num_attention_heads + model.query_groups) * model.head_width
+    return 2 * model.num_layers // parallel.pipeline * rows * model.hidden_size // parallel.tensor
 
 
 def _tokens(cfg: Config) -> int:
@@ -253,7 +263,17 @@ def _attention_saved(cfg: Config) -> int:
     """Queries, keys, values, the fused attention's output and its log-sum-exp, of one layer and micro-batch."""
     model, tensor = cfg.model, cfg.parallel.tensor
     widths = 2 * (model.num_attention_heads + model.query_groups) * model.head_width
-    return _tokens(cfg) * (widths * _element(cfg) + 4 * model.num_attention_heads) // tensor
+    saved = _tokens(cfg) * (widths * _element(cfg) + 4 * model.num_attention_heads) // tensor
+    if cfg.training.fp8 != "off" and cfg.training.fp8_recipe == "delayed":
+        # The output projection keeps a quantised copy of its input; under the other recipes Megatron-Core lets it
+        # keep the attention's own output.
+        saved += _tokens(cfg) * model.num_attention_heads * model.head_width // tensor
+    return saved
+
+
+def _projection_input(cfg: Config) -> int:
+    """Bytes of the normalised input that the projection of queries, keys and values keeps: 8 bits each under fp8."""
+    return _residual(cfg) if cfg.training.fp8 == "off" else _residual(cfg) // 2
 
 
 def _layer_everything(cfg: Config, mlp: int) -> int:
@@ -261,7 +281,7 @@ def _layer_everything(cfg: Config, mlp: int) -> int:
     # Two residual tensors and the outputs of the two norms; the MLP keeps its input gathered.
     gathered = _tokens(cfg) * cfg.model.hidden_size * _element(cfg)
     dropout = 2 * _residual(cfg) // _element(cfg) if cfg.model.hidden_dropout else 0
-    return 3 * _residual(cfg) + gathered + _attention_saved(cfg) + mlp + dropout
+    return 2 * _residual(cfg) + _projection_input(cfg) + gathered + _attention_saved(cfg) + mlp + dropout
 
 
 def _layer_saved(cfg: Config, mlp: int) -> float:
@@ -277,7 +297,8 @@ def _layer_saved(cfg: Config, mlp: int) -> float:
         if "mlp" in training.recompute_modules:
             everything -= mlp + gathered - _residual(cfg)
         if "layernorm" in training.recompute_modules:
-            everything -= 2 * _residual(cfg)
+            # Transformer Engine fuses the norm before the attention into the projection, which keeps its output.
+            everything -= (2 if cfg.model.implementation == "local" else 1) * _residual(cfg)
         if "core_attn" in training.recompute_modules:
             everything -= 4 * _tokens(cfg) * cfg.model.num_attention_heads // cfg.parallel.tensor
     return everything

@@ -201,3 +201,14 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         check(train="a", valid="b")
     with pytest.raises(ConfigError, match="a-tokenizer"):
         check(train="b", tokenizer="a-tokenizer")
+
+
+def test_fp8_where_every_size_fits() -> None:
+    """Two sequences of 24 tokens are three times 16; what concerns fp8 alone is no matter without it."""
+    fits = ["data.sequence_length=24", "training.micro_batch_size=2"]
+    for recipe in ("delayed", "tensorwise", "blockwise"):
+        cfg = parse_config(SMALL, [*fits, "training.fp8=hybrid", f"training.fp8_recipe={recipe}"])
+        assert (cfg.training.fp8, cfg.training.fp8_recipe) == ("hybrid", recipe)
+    blocks = ["parallel.tensor=2", "parallel.sequence_parallel=true", "model.hidden_size=128"]
+    parse_config(SMALL, ["training.fp8=e4m3", "training.fp8_recipe=blockwise", "data.sequence_length=256", *blocks])
+    assert parse_config(SMALL, ["data.sequence_length=40"]).training.fp8 == "off"

@@ -105,6 +105,26 @@ def test_activations_by_hand() -> None:
     assert second.activations_dense == 2 * layer
 
 
+def test_recomputed_norms_by_hand() -> None:
+    tokens, width, layers = 2 * 256, 64, 4
+    plain = memory([]).worst(False).activations_dense
+    recompute = ["training.recompute=selective", "training.recompute_modules=[layernorm]"]
+    for overrides, norms in (([], 1), (["model.implementation=local"], 2)):
+        kept = memory([*recompute, *overrides]).worst(False).activations_dense
+        assert plain - kept == layers * norms * tokens * width * 2
+
+
+def test_fp8_by_hand() -> None:
+    tokens, width, layers = 2 * 256, 64, 4
+    plain = memory([]).worst(False)
+    for recipe, copies in (("tensorwise", 0), ("delayed", 1)):
+        stage = memory(["training.fp8=hybrid", f"training.fp8_recipe={recipe}"]).worst(False)
+        # The norm's output before the attention in 8 bits, and maybe a copy of the attention's output in 8 bits.
+        assert stage.activations_dense - plain.activations_dense == layers * tokens * width * (copies - 1)
+        assert stage.weights - plain.weights == layers * 4 * width * width * 2  # projections, and transposed
+        assert (stage.gradients, stage.optimizer) == (plain.gradients, plain.optimizer)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("density", [0.01, 0.1])
 def test_mlp_saved_bytes_are_those_of_the_operation(gated: bool, density: float) -> None:

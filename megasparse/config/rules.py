@@ -182,6 +182,87 @@ def _recompute(cfg: Config) -> Iterator[Problem]:
         )
 
 
+def _fp8(cfg: Config) -> Iterator[Problem]:
+    training, model = cfg.training, cfg.model
+    if training.fp8 == "off":
+        return
+    if training.precision != "bf16":
+        yield Problem(
+            "training.fp8",
+            f"stands beside bf16, and training.precision is {training.precision}",
+            "set training.precision: bf16, or fp8: off",
+            training.fp8,
+        )
+    if model.implementation == "local":
+        yield Problem(
+            "training.fp8",
+            "is Transformer Engine's, and model.implementation is local",
+            "set model.implementation: auto or te, or fp8: off",
+            training.fp8,
+        )
+    yield from _fp8_recompute(cfg)
+    yield from _fp8_sizes(cfg)
+
+
+def _fp8_recompute(cfg: Config) -> Iterator[Problem]:
+    training = cfg.training
+    if training.recompute != "selective":
+        return
+    if "layernorm" in training.recompute_modules and training.fp8_recipe == "delayed":
+        yield Problem(
+            "training.recompute_modules",
+            "Megatron-Core recomputes no layernorm under training.fp8_recipe: delayed",
+            "leave layernorm out, or set training.fp8_recipe: tensorwise or blockwise",
+            list(training.recompute_modules),
+        )
+    if "mlp" in training.recompute_modules:
+        # Megatron-Core hands it to Transformer Engine's checkpoint, which leaves modules that are not its own to
+        # PyTorch's, and that one refuses the padding mask.
+        yield Problem(
+            "training.recompute_modules",
+            "with training.fp8, Transformer Engine recomputes the mlp, and only its own",
+            "leave mlp out, or set training.recompute: full",
+            list(training.recompute_modules),
+        )
+
+
+def _fp8_sizes(cfg: Config) -> Iterator[Problem]:
+    """Every side of an 8-bit product on one GPU is a multiple of 16: cuBLAS asks for rows aligned to 16 bytes, and the
+    backward multiplies by either matrix transposed."""
+    model, parallel, training = cfg.model, cfg.parallel, cfg.training
+    # Sequence parallelism gathers quantised inputs, which blockwise scaling cuts into whole blocks of 128 only.
+    blocks = training.fp8_recipe == "blockwise" and parallel.sequence_parallel
+    multiple = 128 if blocks else 16
+    why = "blockwise scaling under sequence parallelism" if blocks else "training.fp8"
+    if model.hidden_size % multiple:
+        yield Problem(
+            "model.hidden_size",
+            f"{why} needs a multiple of {multiple}",
+            f"set {_near_multiple(model.hidden_size, multiple)}, or training.fp8: off",
+            model.hidden_size,
+        )
+    heads, groups, width, tensor = model.num_attention_heads, model.query_groups, model.head_width, parallel.tensor
+    sides = {"attention's output": heads * width, "queries, keys and values": (heads + 2 * groups) * width}
+    for name, whole in sides.items():
+        if whole % tensor == 0 and whole // tensor % 16:
+            yield Problem(
+                "training.fp8",
+                f"each GPU's share of the {name} is {whole // tensor} wide, not a multiple of 16",
+                "change model.kv_channels, the numbers of heads or parallel.tensor, or set fp8: off",
+                training.fp8,
+            )
+    share = parallel.context * (tensor if parallel.sequence_parallel else 1)
+    tokens = training.micro_batch_size * cfg.data.sequence_length
+    if tokens % (share * multiple):
+        yield Problem(
+            "training.micro_batch_size",
+            f"{why} needs a multiple of {multiple} tokens on each GPU; {training.micro_batch_size} x "
+            f"data.sequence_length = {cfg.data.sequence_length} over {share} GPU{'s' if share > 1 else ''} is not",
+            "change it or data.sequence_length, or set training.fp8: off",
+            training.micro_batch_size,
+        )
+
+
 def _schedule(cfg: Config) -> Iterator[Problem]:
     schedule, steps = cfg.optimizer.schedule, cfg.training.steps
     if schedule.warmup_steps > steps:
@@ -341,6 +422,7 @@ RULES: tuple[Rule, ...] = (
     _documents,
     _overlap,
     _recompute,
+    _fp8,
     _schedule,
     _l1,
     _data,

@@ -233,6 +233,12 @@ class TrainingConfig(Section):
     """Optimizer steps of the whole run."""
     seed: NonNegativeInt = 1234
     precision: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["off", "hybrid", "e4m3"] = "off"
+    """Attention projections in 8 bits, by Transformer Engine; the sparse MLP and all the rest stay in bf16. hybrid:
+    e4m3 forward, e5m2 for gradients; e4m3: for both."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    """How a tensor is scaled to 8 bits. delayed: by the largest value of the step before; tensorwise: by its own;
+    blockwise: one scale for every 128 values of activations, every 128 x 128 of weights (CUDA 12.9 or newer)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: nothing, `recompute_modules`, or whole layers."""
     recompute_layers: PositiveInt | None = None

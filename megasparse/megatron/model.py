@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megasparse.config import Config, RopeScaling
 from megasparse.megatron.cpu_runtime import enable_cpu_runtime
 from megasparse.megatron.cross_entropy import cross_entropy
+from megasparse.megatron.fp8 import fp8_options
 from megasparse.megatron.init import initialize
 from megasparse.megatron.sparse_mlp import iter_sparse_mlps
 from megasparse.megatron.spec import block_spec, layer_spec, resolve_implementation
@@ -29,16 +30,17 @@ def transformer_config(cfg: Config) -> TransformerConfig:
     is left at its default.
 
     Raises:
-        RuntimeError: where the configuration needs Transformer Engine and it is not there.
+        ConfigError: where this machine cannot do `training.fp8`.
+        RuntimeError: where the configuration needs Transformer Engine otherwise and it is not there.
     """
     enable_cpu_runtime()
     model, parallel, training = cfg.model, cfg.parallel, cfg.training
     cuda = torch.cuda.is_available()
+    options = fp8_options(cfg)
     use_te = resolve_implementation(model.implementation) == "te"
     bf16 = training.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     chunks = parallel.virtual_pipeline if (parallel.virtual_pipeline or 1) > 1 else None
-    options: dict[str, Any] = {}
     if training.recompute == "full":
         # "uniform" in units of one layer recomputes all of them; "block" recomputes the first so many.
         options["recompute_method"] = "block" if training.recompute_layers else "uniform"

@@ -32,6 +32,10 @@ cannot tell where it is square.
 class NeuronWeight(MegatronModule):
     """Parameter `weight` [rows, hidden_size] on Megatron's current device, rows being of this rank's neurons."""
 
+    save_original_input = True
+    """What Megatron, to recompute the norm before it under fp8, asks of `linear_fc1`: that its input is kept for the
+    backward itself, not a quantised copy. It always is."""
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -42,6 +42,7 @@ class SparseMLP(MegatronModule):
 
     Takes its size, gating (`gated_linear_unit`), parallelism, types and initialisation from the TransformerConfig.
     Checkpoints are those of Megatron's dense MLP, in either direction, at any tensor and pipeline parallelism.
+    Computes in `params_dtype` whatever `config.fp8` asks of Transformer Engine's modules beside it.
 
     The L1 term, `l1_coeff * mean over layers of mean over tokens of sum_n |h_n|`, enters the graph here, not in the
     loss function. With `config.calculate_per_token_loss` it is a sum over this micro-batch's counted tokens, which
@@ -255,8 +256,11 @@ def _check(config: TransformerConfig, ffn: int | None, tp: int, is_expert: bool)
         wrong.append("activation_func_clamp_value is set")
     if is_expert:
         wrong.append("it is an expert of a mixture")
-    if config.fp8 or config.fp4:
-        wrong.append("fp8 or fp4 is on")
+    if config.fp4:
+        wrong.append("fp4 is on")
+    if config.fp8 and config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ()):
+        # PyTorch's checkpoint, to which Transformer Engine's leaves foreign modules, refuses the padding mask.
+        wrong.append("recompute_modules has mlp, which under fp8 works for Transformer Engine's own modules alone")
     if not ffn or ffn % tp:
         wrong.append(f"ffn_hidden_size {ffn} is not divisible by the tensor-parallel size {tp}")
     if wrong:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megasparse.config import Config, check_files, parse_config
 from megasparse.megatron import LayerStats, build_model, iter_sparse_mlps
+from megasparse.megatron.fp8 import amax_kept
 from megasparse.training import checkpoint_files
 from megasparse.training.callbacks import Metrics
 from megasparse.training.checkpoint import Checkpointer, config_of
@@ -54,7 +55,8 @@ def run_validation(
 
 @contextmanager
 def _evaluating(model: Sequence[torch.nn.Module], mlps: Sequence[Any], device: torch.device) -> Iterator[None]:
-    """Evaluation mode, with recorders of its own, so that training statistics stay those of training."""
+    """Evaluation mode, with recorders of its own, so that training statistics stay those of training; those of fp8
+    too."""
     recorders = [mlp.recorder for mlp in mlps]
     gathers = [chunk for chunk in model if getattr(chunk, "remove_forward_pre_hook_handles", None)]
     for chunk in gathers:  # parameters whose all-gather waits for the next training step are needed now
@@ -64,7 +66,8 @@ def _evaluating(model: Sequence[torch.nn.Module], mlps: Sequence[Any], device: t
     for mlp in mlps:
         mlp.recorder = LayerStats(mlp.hidden, device)
     try:
-        yield
+        with amax_kept(model):
+            yield
     finally:
         for mlp, recorder in zip(mlps, recorders, strict=True):
             mlp.recorder = recorder

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megasparse.config import Config, parse_config
-from megasparse.megatron import build_model, iter_sparse_mlps, layer_spec
+from megasparse.megatron import SparseMLP, build_model, iter_sparse_mlps, layer_spec, transformer_config
 from megasparse.megatron.init import fill_normal, global_name
 from megasparse.megatron.torch_adam import prepare_torch_adam
 
@@ -424,6 +427,29 @@ def hybrid_mlp_layer(l1_layers: int, coeff: float) -> tuple[float, float]:
     return float(mlp.linear_fc1.weight.grad.abs().max()), float(mlp.recorder.l1)
 
 
+def mlp_beside_fp8(recipe: str) -> list[dict[str, np.ndarray]]:
+    """Output and gradients of one SparseMLP without fp8 and with it in its config, prepared as for recomputing the norm
+    before it."""
+    from megatron.core.extensions.transformer_engine import set_save_original_input
+
+    cfg = make_config()
+    start(cfg)
+    config = transformer_config(cfg)
+    results = []
+    for fp8 in (None, "hybrid"):
+        mlp = SparseMLP(dataclasses.replace(config, fp8=fp8, fp8_recipe=recipe), l1_coeff=1e-2)
+        for name, parameter in mlp.named_parameters():
+            fill_normal(parameter, name, 1, 0.2)
+        if fp8:
+            set_save_original_input(mlp.linear_fc1)
+        x = torch.randn(SEQUENCE, 2, cfg.model.hidden_size, generator=torch.Generator().manual_seed(0))
+        output, _ = mlp(x.requires_grad_())
+        output.square().sum().backward()
+        gradients = {name: parameter.grad.numpy() for name, parameter in mlp.named_parameters()}
+        results.append({"output": output.detach().numpy(), "input": x.grad.numpy(), **gradients})
+    return results
+
+
 def wrong_mask() -> None:
     cfg = make_config()
     start(cfg)
@@ -439,3 +465,47 @@ def no_micro_batches() -> None:
     tiny = Model(cfg, per_token=False)
     unset_num_microbatches_calculator()
     tiny.forward_backward()
+
+
+def mlp_inside_fp8(recipe: str, path: str) -> dict[str, dict[str, torch.Tensor]]:
+    """On a GPU: output and gradients of one SparseMLP in bf16 outside and inside Transformer Engine's fp8 context, and
+    recomputed inside; and a projection of Transformer Engine's, which the context must change."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, te_checkpoint
+    from megatron.core.fp8_utils import get_fp8_context
+
+    torch.cuda.set_device(0)
+    sizes = {"model__hidden_size": 256, "model__ffn_hidden_size": 1024, "data__sequence_length": 256}
+    cfg = make_config(**sizes, training__precision="bf16", training__fp8="hybrid", training__fp8_recipe=recipe)
+    start(cfg)
+    config = transformer_config(cfg)
+    mlp = SparseMLP(config, path=path, l1_coeff=1e-2)
+    for name, parameter in mlp.named_parameters():
+        fill_normal(parameter, name, 1, 0.05)
+    group = parallel_state.get_tensor_model_parallel_group()
+    linear = TEColumnParallelLinear(
+        256, 256, config=config, init_method=torch.nn.init.normal_, gather_output=False, bias=False,
+        skip_bias_add=False, is_expert=False, tp_group=group,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(256, 4, 256, generator=generator).to("cuda", torch.bfloat16)
+
+    def run(inside: bool, recomputed: bool) -> dict[str, torch.Tensor]:
+        mlp.zero_grad()
+        x = values.clone().requires_grad_()
+        with get_fp8_context(config) if inside else contextlib.nullcontext():
+            if recomputed:
+                # A function: what Megatron hands over to recompute a whole layer.
+                output, _ = te_checkpoint(partial(mlp), False, get_cuda_rng_tracker, group, x)
+            else:
+                output, _ = mlp(x)
+            projected = linear(values)[0]
+        output.float().square().sum().backward()
+        gradients = {name: parameter.grad.cpu() for name, parameter in mlp.named_parameters()}
+        return {
+            "output": output.detach().cpu(),
+            "input's gradient": x.grad.cpu(),
+            **gradients,
+            "projection": projected.detach().cpu(),
+        }
+
+    return {"outside": run(False, False), "inside": run(True, False), "recomputed": run(True, True)}

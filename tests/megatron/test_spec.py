@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megasparse.config import ConfigError
 from megasparse.megatron import layer_spec, spec, transformer_config
 from megasparse.megatron.norm import Norm
 from megasparse.megatron.sparse_mlp import SparseMLP, _check
@@ -22,6 +24,11 @@ from tests.megatron.helpers import run_gradients
         ({"activation_func": F.tanh}, "not torch.nn.functional.relu"),
         ({"add_bias_linear": True}, "--disable-bias-linear"),
         ({"activation_func_clamp_value": 1.0}, "activation_func_clamp_value"),
+        ({"fp4": "e2m1"}, "fp4 is on"),
+        (
+            {"fp8": "hybrid", "recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+            "recompute_modules has mlp",
+        ),
         ({"ffn_hidden_size": 47}, "47 is not divisible by the tensor-parallel size 2"),
     ],
 )
@@ -47,6 +54,23 @@ def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
         transformer_config(
             make_config(training__recompute="selective", training__recompute_modules=["layernorm", "mlp"])
         )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
+def test_fp8_is_refused_where_it_cannot_run() -> None:
+    cfg = make_config(training__precision="bf16", training__fp8="hybrid")
+    with pytest.raises(ConfigError, match="delayed scaling needs Transformer Engine") as found:
+        transformer_config(cfg)
+    assert found.value.host_specific
+    assert "set training.fp8: off" in str(found.value)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_fp8_beside_it_changes_nothing(recipe: str) -> None:
+    """Megatron-LM's --fp8-format; on a GPU, inside Transformer Engine's context: test_fp8."""
+    ((without, within),) = run_distributed(1, "tests.megatron.cases:mlp_beside_fp8", recipe)
+    for name, value in without.items():
+        np.testing.assert_array_equal(within[name], value, err_msg=name)
 
 
 def test_norm_names_what_it_cannot_build() -> None:
