@@ -21,6 +21,7 @@
 #include "hopper/mbarrier.cuh"
 #include "hopper/tensor_map.h"
 #include "hopper/wgmma.cuh"
+#include "token_rows.h"
 
 namespace megasparse {
 namespace {
@@ -59,6 +60,7 @@ struct Args {
   uint16_t* arena;
   const int32_t* run_if;
   int64_t h;
+  TokenRows rows;   // of x
   int words;        // 64-position tiles
   int token_tiles;
   int steps;        // stages along D
@@ -83,6 +85,7 @@ __device__ __forceinline__ void produce(const Args& p, const CUtensorMap* map_x,
   RingState<kStages> ring;
   for (int index = cluster; index < places; index += clusters) {
     const Place at = place(index, p, rank);
+    const TokenRows::Place tokens = p.rows.place(at.token_tile * kTokens);
     for (int step = 0; step < p.steps; ++step) {
       mbarrier_wait(&s.empty[ring.stage], ring.parity ^ 1);
       uint8_t* stage = s.stage[ring.stage];
@@ -94,7 +97,7 @@ __device__ __forceinline__ void produce(const Args& p, const CUtensorMap* map_x,
         tma_load_5d_multicast(stage + kBytesA + tile * kBytesTile, map_w, step * kDepth, at.first_word + tile, full, 3,
                               kEvictLast);
       }
-      tma_load_2d(stage, map_x, step * kDepth, at.token_tile * kTokens, full, kEvictNormal);
+      tma_load_3d(stage, map_x, step * kDepth, tokens.sequence, tokens.position, full, kEvictNormal);
       ring.advance();
     }
   }
@@ -299,7 +302,8 @@ size_t gate_workspace_bytes(int64_t h, int64_t d, bool has_order) {
 
 cudaError_t launch_gate(const GateParams& p, cudaStream_t stream) {
   if (p.m == 0) return cudaSuccess;
-  if (p.m < 0 || p.h <= 0 || p.d <= 0 || p.d % 8 != 0 || p.sm_count < kCluster) return cudaErrorInvalidValue;
+  if (p.h <= 0 || p.d <= 0 || p.d % 8 != 0 || p.sm_count < kCluster) return cudaErrorInvalidValue;
+  if (!valid_sequences(p.m, p.sequences)) return cudaErrorInvalidValue;
   for (const void* pointer : {p.x, p.weight, static_cast<const void*>(p.workspace)}) {
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return cudaErrorInvalidValue;
   }
@@ -308,6 +312,7 @@ cudaError_t launch_gate(const GateParams& p, cudaStream_t stream) {
   args.arena = static_cast<uint16_t*>(p.arena);
   args.run_if = p.run_if;
   args.h = p.h;
+  args.rows = make_token_rows(p.m, p.sequences);
   args.words = static_cast<int>((p.h + kTile - 1) / kTile);
   args.token_tiles = static_cast<int>((p.m + kTokens - 1) / kTokens);
   args.steps = static_cast<int>((p.d + kDepth - 1) / kDepth);
@@ -324,7 +329,7 @@ cudaError_t launch_gate(const GateParams& p, cudaStream_t stream) {
   }
 
   CUtensorMap map_x, map_w;
-  cudaError_t error = make_matrix_map(&map_x, p.x, p.m, p.d, kTokens);
+  cudaError_t error = make_sequences_map(&map_x, p.x, args.rows.length, p.sequences, p.d, kTokens);
   if (error != cudaSuccess) return error;
   // Row 64 w + 16 q + 2 i + e of the weight as dimensions (e, q, i, w): a box holds e fastest, then q, then i.
   const uint64_t row_bytes = static_cast<uint64_t>(p.d) * 2;

@@ -17,6 +17,7 @@
 #include "megasparse/gather_down.h"
 
 #include "gather_gemm.cuh"
+#include "token_rows.h"
 #include "work_queue.cuh"
 
 namespace megasparse {
@@ -52,6 +53,7 @@ struct KernelParams {
   const int32_t* tile_order;
   int32_t* counter;
   __nv_bfloat16* out;
+  TokenRows token_rows;  // of out
   int64_t m;
   int64_t d;
   int64_t stride;
@@ -192,10 +194,11 @@ __global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const __grid_c
         for (int i = 0; i < 128; ++i) acc[i] = 0.f;
       }
       mma_unit<kStages, kStageBytes, false>(acc, steps, a_desc, b_desc, sh.full, sh.empty, ring, lane);
-      const int64_t first_row = static_cast<int64_t>(work.tile) * kTileM + half * 64 + warp * 16;
-      store_bf16_tile(acc, staging, lane, work.column, p.d, [&](int r) {
-        return first_row + r < p.m ? p.out + (first_row + r) * p.d : nullptr;
-      });
+      const int first_token = work.tile * kTileM + half * 64 + warp * 16;
+      __nv_bfloat16* first_row = p.out + p.token_rows.row(first_token) * p.d;
+      const int64_t row_stride = p.token_rows.sequences * p.d;
+      store_bf16_tile(acc, staging, lane, work.column, p.d,
+                      [&](int r) { return first_token + r < p.m ? first_row + r * row_stride : nullptr; });
     }
   }
 }
@@ -223,7 +226,7 @@ size_t gather_down_workspace_bytes(const GatherDownParams& p) {
 
 cudaError_t launch_gather_down(const GatherDownParams& p, void* workspace, cudaStream_t stream) {
   if (p.m <= 0 || p.d <= 0) return cudaSuccess;
-  if (p.d % 8 != 0 || p.union_stride % 64 != 0) return cudaErrorInvalidValue;
+  if (p.d % 8 != 0 || p.union_stride % 64 != 0 || !valid_sequences(p.m, p.sequences)) return cudaErrorInvalidValue;
   const int64_t tiles = (p.m + kTileM - 1) / kTileM;
   KernelParams k = {};
   k.a0 = static_cast<const uint8_t*>(p.a0);
@@ -235,6 +238,7 @@ cudaError_t launch_gather_down(const GatherDownParams& p, void* workspace, cudaS
   k.block_ptr = p.block_ptr;
   k.tile_order = p.tile_order;
   k.out = static_cast<__nv_bfloat16*>(p.out);
+  k.token_rows = make_token_rows(p.m, p.sequences);
   k.m = p.m;
   k.d = p.d;
   k.stride = p.union_stride;

@@ -25,6 +25,7 @@
 #include "hopper/mbarrier.cuh"
 #include "hopper/tensor_map.h"
 #include "hopper/wgmma.cuh"
+#include "token_rows.h"
 
 namespace megasparse {
 namespace {
@@ -85,8 +86,9 @@ struct Rows {
 
 // Loads one unit; meanwhile `rows` goes on to hold those of the next one.
 template <int kBlocks>
-__device__ __forceinline__ void load_tile(const GatherNtParams& p, const CUtensorMap* map_a, Shared& s, int tile, Rows& rows,
-                                          const Unit& next, int64_t union_stride, RingState<kStages>& ring) {
+__device__ __forceinline__ void load_tile(const GatherNtParams& p, const CUtensorMap* map_a, Shared& s,
+                                          TokenRows::Place tokens, Rows& rows, const Unit& next, int64_t union_stride,
+                                          RingState<kStages>& ring) {
   constexpr int kUnroll = 4;  // steps that share the source addresses
   const int thread = threadIdx.x;
   const uint32_t chunk = thread & 7;
@@ -101,7 +103,8 @@ __device__ __forceinline__ void load_tile(const GatherNtParams& p, const CUtenso
     mbarrier_wait(&s.empty[ring.stage], ring.parity ^ 1);
     if (thread == 0) {
       mbarrier_arrive_expect_tx(&s.full[ring.stage], kBytesA);
-      tma_load_2d(s.stage[ring.stage], map_a, step * kDepth, tile * kTokens, &s.full[ring.stage], kEvictNormal);
+      tma_load_3d(s.stage[ring.stage], map_a, step * kDepth, tokens.sequence, tokens.position, &s.full[ring.stage],
+                  kEvictNormal);
     }
     return smem_addr(s.stage[ring.stage]) + destination;
   };
@@ -136,7 +139,8 @@ __device__ __forceinline__ void load_tile(const GatherNtParams& p, const CUtenso
   }
 }
 
-__device__ __forceinline__ void produce(const GatherNtParams& p, const CUtensorMap* map_a, Shared& s) {
+__device__ __forceinline__ void produce(const GatherNtParams& p, const TokenRows& token_rows, const CUtensorMap* map_a,
+                                        Shared& s) {
   const int64_t union_stride = (p.h + kBlock - 1) / kBlock * kBlock;
   const int units = p.plan[0], stride = gridDim.x;
   int index = blockIdx.x;
@@ -148,10 +152,11 @@ __device__ __forceinline__ void produce(const GatherNtParams& p, const CUtensorM
   rows.fetch_columns(p, unit, union_stride);
   rows.look_up(p);
   while (true) {
+    const TokenRows::Place tokens = token_rows.place(unit.tile * kTokens);
     switch (unit.blocks) {
-      case 3: load_tile<3>(p, map_a, s, unit.tile, rows, next, union_stride, ring); break;
-      case 2: load_tile<2>(p, map_a, s, unit.tile, rows, next, union_stride, ring); break;
-      default: load_tile<1>(p, map_a, s, unit.tile, rows, next, union_stride, ring); break;
+      case 3: load_tile<3>(p, map_a, s, tokens, rows, next, union_stride, ring); break;
+      case 2: load_tile<2>(p, map_a, s, tokens, rows, next, union_stride, ring); break;
+      default: load_tile<1>(p, map_a, s, tokens, rows, next, union_stride, ring); break;
     }
     index += stride;
     if (index >= units) return;
@@ -390,7 +395,8 @@ __device__ __forceinline__ void finish(const GatherNtParams& p, Shared& s) {
 
 template <GatherNtMode kMode>
 __global__ void __launch_bounds__(kThreads, 1)
-    gather_nt_kernel(const __grid_constant__ GatherNtParams p, const __grid_constant__ CUtensorMap map_a) {
+    gather_nt_kernel(const __grid_constant__ GatherNtParams p, const __grid_constant__ TokenRows token_rows,
+                     const __grid_constant__ CUtensorMap map_a) {
   if (p.run_if != nullptr && *p.run_if == 0) return;
   extern __shared__ __align__(1024) uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
@@ -407,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     setmaxnreg_decrease<80>();
-    produce(p, &map_a, s);
+    produce(p, token_rows, &map_a, s);
   } else if (threadIdx.x < 384) {
     setmaxnreg_increase<152>();
     consume(p, s);
@@ -422,7 +428,7 @@ cudaError_t launch(const GatherNtParams& p, const CUtensorMap& map_a, int grid, 
   const cudaError_t error =
       cudaFuncSetAttribute(gather_nt_kernel<kMode>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  gather_nt_kernel<kMode><<<grid, kThreads, kSharedBytes, stream>>>(p, map_a);
+  gather_nt_kernel<kMode><<<grid, kThreads, kSharedBytes, stream>>>(p, make_token_rows(p.m, p.sequences), map_a);
   return cudaGetLastError();
 }
 
@@ -430,10 +436,11 @@ cudaError_t launch(const GatherNtParams& p, const CUtensorMap& map_a, int grid, 
 
 cudaError_t launch_gather_nt(const GatherNtParams& p, cudaStream_t stream) {
   if (p.m == 0) return cudaSuccess;
-  if (p.m < 0 || p.h <= 0 || p.d <= 0 || p.d % 8 != 0 || p.sm_count <= 0) return cudaErrorInvalidValue;
+  if (p.h <= 0 || p.d <= 0 || p.d % 8 != 0 || p.sm_count <= 0) return cudaErrorInvalidValue;
+  if (!valid_sequences(p.m, p.sequences)) return cudaErrorInvalidValue;
   if (reinterpret_cast<uintptr_t>(p.a) % 16 != 0 || reinterpret_cast<uintptr_t>(p.weight) % 16 != 0) return cudaErrorInvalidValue;
   CUtensorMap map_a;
-  const cudaError_t error = make_matrix_map(&map_a, p.a, p.m, p.d, kTokens);
+  const cudaError_t error = make_sequences_map(&map_a, p.a, p.m / p.sequences, p.sequences, p.d, kTokens);
   if (error != cudaSuccess) return error;
   const int64_t units = gather_nt_max_units(p.m, p.h);
   const int grid = static_cast<int>(units < p.sm_count ? units : p.sm_count);

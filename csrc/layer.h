@@ -15,6 +15,7 @@
 #include "megasparse/lists.h"
 #include "megasparse/wgrad.h"
 #include "mlp.h"
+#include "token_rows.h"
 
 namespace megasparse {
 
@@ -35,6 +36,7 @@ T* data_or_null(const OptionalTensor& tensor) {
 // Sizes of one call, and where its tensors are.
 struct Layer {
   int64_t m, d, h;       // tokens, width, neurons of this rank
+  int64_t sequences;     // of the tokens (token_rows.h)
   int64_t tiles, words;  // token tiles of 128, position tiles of 64
   bool gated;
   int sm_count;
@@ -44,17 +46,20 @@ struct Layer {
   const at::Tensor& w_in;
   const at::Tensor& w_down;
   const int32_t* order;
-  const bool* token_mask;
+  const bool* token_mask;  // in the order of the tokens
 
   Layer(const at::Tensor& x, const at::Tensor& w_in, const at::Tensor& w_down, const OptionalTensor& token_mask,
-        const OptionalTensor& order, int64_t stream)
-      : m(x.size(0)), d(x.size(1)), h(w_down.size(0)), tiles((m + 127) / 128), words((h + 63) / 64),
+        const OptionalTensor& order, int64_t sequences, int64_t stream)
+      : m(x.size(0)), d(x.size(1)), h(w_down.size(0)), sequences(sequences), tiles((m + 127) / 128), words((h + 63) / 64),
         gated(w_in.size(0) != h), stream(reinterpret_cast<cudaStream_t>(stream)), options(x.options()), x(x),
         w_in(w_in), w_down(w_down), order(data_or_null<int32_t>(order)), token_mask(data_or_null<bool>(token_mask)) {
     for (const at::Tensor* tensor : {&x, &w_in, &w_down}) {
       TORCH_CHECK(tensor->is_cuda() && tensor->scalar_type() == at::kBFloat16 && tensor->is_contiguous(),
                   "megasparse: the kernels take contiguous bf16 CUDA tensors");
     }
+    TORCH_CHECK(m > 0, "megasparse: the kernels need at least one token");
+    TORCH_CHECK(valid_sequences(m, sequences), "megasparse: ", m, " tokens are not ", sequences,
+                " sequences of whole tiles of 128");
     TORCH_CHECK(!order.has_value() || order->is_contiguous(), "megasparse: order must be contiguous");
     TORCH_CHECK(!token_mask.has_value() || token_mask->is_contiguous(), "megasparse: token_mask must be contiguous");
     check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, x.get_device()), "asking for the device");
@@ -88,6 +93,7 @@ inline void run_gate(const Layer& layer, uint64_t* mask, void* slots, const int3
   p.arena = slots;
   p.run_if = run_if;
   p.m = layer.m;
+  p.sequences = layer.sequences;
   p.d = layer.d;
   p.h = layer.h;
   p.sm_count = layer.sm_count;
@@ -116,6 +122,7 @@ inline GatherNtParams gather_nt_params(const Layer& layer, const PatternTensors&
   p.base = data<uint16_t>(base);
   p.token_mask = reinterpret_cast<const uint8_t*>(layer.token_mask);
   p.m = layer.m;
+  p.sequences = layer.sequences;
   p.d = layer.d;
   p.h = layer.h;
   p.sm_count = layer.sm_count;
@@ -152,6 +159,7 @@ inline void run_gather_down(const Layer& layer, const PatternTensors& pattern, c
   p.tile_order = info + kTileOrder * (layer.tiles + 1);
   p.out = out.data_ptr();
   p.m = layer.m;
+  p.sequences = layer.sequences;
   p.d = layer.d;
   p.union_stride = layer.padded_hidden();
   p.sm_count = layer.sm_count;

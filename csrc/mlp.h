@@ -12,16 +12,16 @@ namespace megasparse {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// As megasparse::mlp_sparse_forward (megasparse/mlp/sparse.py) on CUDA tensors of the current device. `stream` is a
-// cudaStream_t: the caller's current stream.
+// As megasparse::mlp_sparse_forward (megasparse/mlp/sparse.py) on CUDA tensors of the current device, but token_mask goes by
+// token, sequence after sequence (token_rows.h). `stream` is a cudaStream_t: the caller's current stream.
 std::vector<at::Tensor> mlp_forward(const at::Tensor& x, const at::Tensor& w_in, const at::Tensor& w_down,
-                                    const OptionalTensor& token_mask, const OptionalTensor& order, bool save,
-                                    int64_t capacity, int64_t stream);
+                                    const OptionalTensor& token_mask, const OptionalTensor& order, int64_t sequences,
+                                    bool save, int64_t capacity, int64_t stream);
 
-// As megasparse::mlp_sparse_backward.
+// As megasparse::mlp_sparse_backward; token_mask as above.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_backward(
     const at::Tensor& dy, const OptionalTensor& dl1, const at::Tensor& x, const at::Tensor& w_in,
-    const at::Tensor& w_down, const OptionalTensor& token_mask, const OptionalTensor& order,
+    const at::Tensor& w_down, const OptionalTensor& token_mask, const OptionalTensor& order, int64_t sequences,
     const std::vector<at::Tensor>& saved, const OptionalTensor& main_w_in, const OptionalTensor& main_w_down,
     int64_t stream);
 

@@ -57,11 +57,10 @@ Compact restore_compact(const Layer& layer, const PatternTensors& pattern, const
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_backward(
     const at::Tensor& dy, const OptionalTensor& dl1, const at::Tensor& x, const at::Tensor& w_in,
-    const at::Tensor& w_down, const OptionalTensor& token_mask, const OptionalTensor& order,
+    const at::Tensor& w_down, const OptionalTensor& token_mask, const OptionalTensor& order, int64_t sequences,
     const std::vector<at::Tensor>& saved, const OptionalTensor& main_w_in, const OptionalTensor& main_w_down,
     int64_t stream) {
-  const Layer layer(x, w_in, w_down, token_mask, order, stream);
-  TORCH_CHECK(layer.m > 0, "megasparse: the kernels need at least one token");
+  const Layer layer(x, w_in, w_down, token_mask, order, sequences, stream);
   TORCH_CHECK(saved.size() == (layer.gated ? 8 : 7), "megasparse: the saved tensors are not this layer's");
   TORCH_CHECK(dy.scalar_type() == at::kBFloat16 && dy.is_contiguous() && dy.sizes() == x.sizes(),
               "megasparse: dy must be a contiguous bf16 tensor like x");
@@ -119,6 +118,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_backward(
   wgrad.output = accumulate ? WgradOutput::kFp32Accumulate : WgradOutput::kBf16;
   wgrad.gated = layer.gated;
   wgrad.m = layer.m;
+  wgrad.sequences = layer.sequences;
   wgrad.h_size = layer.h;
   wgrad.d = layer.d;
   wgrad.sm_count = layer.sm_count;

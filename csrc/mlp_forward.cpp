@@ -45,10 +45,9 @@ PatternTensors make_lists(const Layer& layer, at::Tensor mask, const Statistics&
 }  // namespace
 
 std::vector<at::Tensor> mlp_forward(const at::Tensor& x, const at::Tensor& w_in, const at::Tensor& w_down,
-                                    const OptionalTensor& token_mask, const OptionalTensor& order, bool save,
-                                    int64_t capacity, int64_t stream) {
-  const Layer layer(x, w_in, w_down, token_mask, order, stream);
-  TORCH_CHECK(layer.m > 0, "megasparse: the kernels need at least one token");
+                                    const OptionalTensor& token_mask, const OptionalTensor& order, int64_t sequences,
+                                    bool save, int64_t capacity, int64_t stream) {
+  const Layer layer(x, w_in, w_down, token_mask, order, sequences, stream);
   const int64_t saved = save ? capacity : 0;
   Statistics statistics{layer.empty({}, at::kFloat), layer.empty({4}, at::kLong), layer.empty({layer.h}, at::kBool),
                         layer.empty({layer.h}, at::kInt)};

@@ -47,7 +47,7 @@ static_assert(kSharedBytes <= 232448, "shared memory of one block");
 struct Product {
   const uint8_t* b;        // [M, D]
   const uint8_t* blocks;   // A
-  const int32_t* tokens;
+  const int32_t* rows;     // of b: the lists' tokens
   void* out[2];            // [H, D] each
   int row_subs;            // 64-position tiles in a tile
 };
@@ -142,16 +142,16 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_kernel(const __grid_constan
       for (int j = 0; j < 4; ++j) columns |= column + j * 64 < p.d ? 1u << j : 0;
       const uint8_t* piece = product.b + column * 2;
       const uint8_t* a = product.blocks + (job.tile * (p.mp / kTileK) + job.first) * kABytes;
-      const int32_t* list = product.tokens + job.tile * p.mp + job.first * kTileK + gather.list_at;
-      const auto tokens_of = [&](int k) { return __ldg(reinterpret_cast<const int4*>(list + k * kTileK)); };
+      const int32_t* list = product.rows + job.tile * p.mp + job.first * kTileK + gather.list_at;
+      const auto rows_of = [&](int k) { return __ldg(reinterpret_cast<const int4*>(list + k * kTileK)); };
       // Lists are loaded two k-steps ahead.
-      int4 tokens = {}, next = {};
-      if (job.ksteps > 0) tokens = tokens_of(0);
-      if (job.ksteps > 1) next = tokens_of(1);
+      int4 rows = {}, next = {};
+      if (job.ksteps > 0) rows = rows_of(0);
+      if (job.ksteps > 1) next = rows_of(1);
       for (int k = 0; k < job.ksteps; ++k) {
-        const int4 current = tokens;
-        tokens = next;
-        if (k + 2 < job.ksteps) next = tokens_of(k + 2);
+        const int4 current = rows;
+        rows = next;
+        if (k + 2 < job.ksteps) next = rows_of(k + 2);
         hopper::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
         if (copies_a) {
           hopper::mbarrier_arrive_expect_tx(&sh.full[ring.stage], kABytes);
@@ -272,6 +272,7 @@ size_t carve(const WgradParams& p, void* base, WgradWorkspace& ws) {
     used += aligned(bytes);
     return base != nullptr ? static_cast<void*>(at) : nullptr;
   };
+  ws.token_rows = make_token_rows(p.m, p.sequences);
   ws.mp = (p.m + 127) / 128 * 128;
   ws.words = static_cast<int>((p.h_size + 63) / 64);
   ws.columns = static_cast<int>((p.d + kTileN - 1) / kTileN);
@@ -284,9 +285,11 @@ size_t carve(const WgradParams& p, void* base, WgradWorkspace& ws) {
     list.tiles = list.subs == 1 ? ws.words : pairs;
     if (i == 1 && !p.gated) {
       list.tokens = ws.lists[0].tokens;
+      list.rows = ws.lists[0].rows;
       list.ksteps = ws.lists[0].ksteps;
     } else {
       list.tokens = static_cast<int32_t*>(take(list.tiles * ws.mp * sizeof(int32_t)));
+      list.rows = p.sequences == 1 ? list.tokens : static_cast<int32_t*>(take(list.tiles * ws.mp * sizeof(int32_t)));
       list.ksteps = static_cast<int32_t*>(take(list.tiles * sizeof(int32_t)));
     }
     list.blocks = static_cast<uint8_t*>(take(list.tiles * (ws.mp / kTileK) * kABytes));
@@ -311,7 +314,7 @@ size_t wgrad_workspace_bytes(const WgradParams& p) {
 
 cudaError_t launch_wgrad(const WgradParams& p, void* workspace, cudaStream_t stream) {
   if (p.h_size <= 0 || p.d <= 0) return cudaSuccess;
-  if (p.d % 8 != 0 || p.sm_count <= 0) return cudaErrorInvalidValue;
+  if (p.d % 8 != 0 || p.sm_count <= 0 || !valid_sequences(p.m, p.sequences)) return cudaErrorInvalidValue;
   WgradWorkspace ws = {};
   carve(p, workspace, ws);
   const int grid = p.sm_count;
@@ -322,7 +325,7 @@ cudaError_t launch_wgrad(const WgradParams& p, void* workspace, cudaStream_t str
   for (int i = 0; i < 2; ++i) {
     Product& product = k.product[i];
     product.b = static_cast<const uint8_t*>(i == 1 ? p.dy : p.x);
-    product.tokens = ws.lists[i].tokens;
+    product.rows = ws.lists[i].rows;
     product.blocks = ws.lists[i].blocks;
     product.row_subs = ws.lists[i].subs;
     product.out[0] = i == 1 ? p.dw_down : p.dw_in;

@@ -1,6 +1,6 @@
 // Token lists and job list of the weight gradients. Four small kernels.
 //   activity: mask [Mp, W] -> one bit a (tile, token), transposed. Reads the mask once (8 B * Mp * W).
-//   lists:    per tile, ascending tokens.
+//   lists:    per tile, ascending tokens and their rows of x and dy.
 //   plan:     jobs, largest first; tiles with more work than a fair share are cut along K.
 //   unpack:   packed values -> operand A in blocks. Writes 256 B per listed token of a tile; bound by its loads of single
 //             values (half of the device's write bandwidth where tiles are full).
@@ -73,6 +73,8 @@ __global__ void __launch_bounds__(kListThreads) lists_kernel(WgradWorkspace ws) 
   const int subs = min(list.subs, ws.words - first_word);
   const int64_t bit_words = ws.mp / 32;
   int32_t* tokens = list.tokens + tile * ws.mp;
+  int32_t* rows = list.rows + tile * ws.mp;
+  const bool rows_differ = rows != tokens;
 
   int count = 0;
   for (int64_t begin = 0; begin < bit_words; begin += kListThreads) {
@@ -87,17 +89,25 @@ __global__ void __launch_bounds__(kListThreads) lists_kernel(WgradWorkspace ws) 
     const int lane = threadIdx.x % 32;
     const int32_t token = static_cast<int32_t>((i - lane) * 32) + lane;
     const uint32_t below = (1u << lane) - 1;
+    // The 32 tokens of a word belong to one sequence.
+    const int32_t first_token = static_cast<int32_t>(i < bit_words ? i * 32 : 0);
+    const int32_t first_row = rows_differ ? static_cast<int32_t>(ws.token_rows.row(first_token)) : 0;
+    const int32_t row = lane * ws.token_rows.sequences;
 #pragma unroll 4
     for (int j = 0; j < 32; ++j) {
       const uint32_t bits = __shfl_sync(0xffffffffu, word, j);
       const int to = __shfl_sync(0xffffffffu, at, j) + __popc(bits & below);
       if (bits >> lane & 1) tokens[to] = token + j * 32;
+      if (rows_differ) {
+        const int32_t word_row = __shfl_sync(0xffffffffu, first_row, j);
+        if (bits >> lane & 1) rows[to] = word_row + row;
+      }
     }
     count += total;
   }
   const int padded = (count + 63) / 64 * 64;
   if (threadIdx.x == 0) list.ksteps[tile] = padded / 64;
-  if (count + static_cast<int>(threadIdx.x) < padded) tokens[count + threadIdx.x] = -1;
+  if (count + static_cast<int>(threadIdx.x) < padded) tokens[count + threadIdx.x] = rows[count + threadIdx.x] = -1;
 }
 
 // Unpacks the listed tokens' values into the blocks of operand A. Eight lanes a line of 64 positions, 16 bytes each.

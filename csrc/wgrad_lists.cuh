@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "megasparse/wgrad.h"
+#include "token_rows.h"
 
 namespace megasparse {
 
@@ -21,10 +22,12 @@ struct alignas(16) WgradJob {
 };
 
 // Device scratch of one launch. Tile i of a product: its tokens at tokens[i * mp], ascending, padded with -1 to a multiple
-// of 64; its operand A at blocks + i * (mp / 64), one 16 KB block per 64 tokens: [2 halves][64 tokens][64 positions] bf16,
-// the 128-byte swizzled image that wgmma reads M-major, zeros where inactive or padded.
+// of 64, and their rows of x and dy at rows[i * mp], likewise; its operand A at blocks + i * (mp / 64), one 16 KB block per
+// 64 tokens: [2 halves][64 tokens][64 positions] bf16, the 128-byte swizzled image that wgmma reads M-major, zeros where
+// inactive or padded.
 struct WgradLists {
   int32_t* tokens;
+  int32_t* rows;  // `tokens` itself where there is one sequence
   uint8_t* blocks;
   int32_t* ksteps;  // [tiles]
   int tiles;
@@ -39,6 +42,7 @@ struct WgradWorkspace {
   int32_t* first_block;  // [tiles of both products] blocks of the tiles before
   int32_t* block_item;   // [blocks] tile of either product (the second's after the first's) that a block belongs to
   float* partials;    // fp32 tiles of kTileM x kTileN
+  TokenRows token_rows;  // of x and dy
   int64_t mp;
   int words;          // W
   bool shared_lists;  // both products have the same tiles (not gated)

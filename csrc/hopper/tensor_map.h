@@ -43,12 +43,14 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const void* base, int rank,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// [rows, cols] row-major, boxes of box_rows x 64 columns (128 bytes).
-inline cudaError_t make_matrix_map(CUtensorMap* map, const void* base, int64_t rows, int64_t cols, uint32_t box_rows) {
-  const uint64_t dims[2] = {static_cast<uint64_t>(cols), static_cast<uint64_t>(rows)};
-  const uint64_t strides[1] = {static_cast<uint64_t>(cols) * 2};
-  const uint32_t box[2] = {64, box_rows};
-  return make_tensor_map(map, base, 2, dims, strides, box);
+// [positions, sequences, cols] contiguous as dimensions (cols, sequences, positions), boxes of 64 columns (128 bytes) x
+// box_positions positions of one sequence.
+inline cudaError_t make_sequences_map(CUtensorMap* map, const void* base, int64_t positions, int64_t sequences, int64_t cols,
+                                      uint32_t box_positions) {
+  const uint64_t dims[3] = {static_cast<uint64_t>(cols), static_cast<uint64_t>(sequences), static_cast<uint64_t>(positions)};
+  const uint64_t strides[2] = {static_cast<uint64_t>(cols) * 2, static_cast<uint64_t>(sequences * cols) * 2};
+  const uint32_t box[3] = {64, 1, box_positions};
+  return make_tensor_map(map, base, 3, dims, strides, box);
 }
 
 }  // namespace megasparse::hopper

@@ -136,7 +136,7 @@ class InferenceMLP(nn.Module):
         """What the gate does for the tokens of x [..., D]. Synchronises with the host."""
         weight = self._weight("gate_proj" if self.gated else "up_proj")
         tokens = x.reshape(-1, x.shape[-1])[:OBSERVED_TOKENS]
-        counts = statistics(nn.functional.linear(tokens, weight) > 0, None)[0]
+        counts = statistics(nn.functional.linear(tokens, weight) > 0, None, 1)[0]
         number, active, union, tiles = counts.tolist()
         return LayerSparsity(active / number, union / tiles / weight.shape[0])
 

@@ -143,6 +143,7 @@ class SparseMLP(MegatronModule):
             w_in,
             w_down,
             token_mask=mask,
+            sequences=x.shape[1],
             path=self.router.path,
             order=self.router.order,
             capacity=self.router.capacity(x.shape[0] * x.shape[1]),

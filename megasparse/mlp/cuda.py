@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megasparse.mlp.token_order import by_sequence
+
 _log = logging.getLogger("megasparse.mlp")
 
 ALIGNMENT = 8
@@ -90,6 +92,7 @@ def _forward(
     w_down: Tensor,
     token_mask: Tensor | None,
     order: Tensor | None,
+    sequences: int,
     save: bool,
     capacity: int,
     main_w_in: Tensor | None,
@@ -98,7 +101,8 @@ def _forward(
     _load()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megasparse_kernels.forward(x, w_in, w_down, token_mask, order, save, capacity, stream)
+        mask = None if token_mask is None else by_sequence(token_mask, sequences)
+        return torch.ops.megasparse_kernels.forward(x, w_in, w_down, mask, order, sequences, save, capacity, stream)
 
 
 def _backward(
@@ -109,6 +113,7 @@ def _backward(
     w_down: Tensor,
     token_mask: Tensor | None,
     order: Tensor | None,
+    sequences: int,
     saved: list[Tensor],
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
@@ -117,6 +122,7 @@ def _backward(
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
+        mask = None if token_mask is None else by_sequence(token_mask, sequences)
         return torch.ops.megasparse_kernels.backward(
-            dy, dl1, x, w_in, w_down, token_mask, order, saved, main_w_in, main_w_down, stream
+            dy, dl1, x, w_in, w_down, mask, order, sequences, saved, main_w_in, main_w_down, stream
         )

@@ -40,18 +40,19 @@ def dense_forward(
     w_in: Tensor,
     w_down: Tensor,
     token_mask: Tensor | None,
+    sequences: int,
     save: bool,
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H], tile_counts int32 [H], a or empty.
 
-    `counts` holds tokens, active, union, tiles as in `MLPStats`.
+    `counts` holds tokens, active, union, tiles as in `MLPStats`; `sequences` is `tiled_sequences`'s.
     `main_w_in` and `main_w_down` are not read: they only travel to the backward.
     """
     hidden = w_down.shape[0]
     a = x @ w_in.t()
-    h, l1, counts, fired, tile_counts = elementwise.forward(a, hidden, token_mask)
+    h, l1, counts, fired, tile_counts = elementwise.forward(a, hidden, token_mask, sequences)
     return h @ w_down, l1, counts, fired, tile_counts, a if save else a.new_empty(0)
 
 
@@ -61,6 +62,7 @@ def _(
     w_in: Tensor,
     w_down: Tensor,
     token_mask: Tensor | None,
+    sequences: int,
     save: bool,
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
@@ -126,7 +128,7 @@ def fake_gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_in, w_down, token_mask, _, main_w_in, main_w_down = inputs
+    x, w_in, w_down, token_mask, _, _, main_w_in, main_w_down = inputs
     a = output[5]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -140,7 +142,7 @@ def _backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple
     main_w_in, main_w_down = ctx.main_grads
     dx, dw_in, dw_down = dense_backward(dy, dl1, x, w_in, w_down, token_mask, a, main_w_in, main_w_down)
     added = main_w_in is not None
-    return dx, None if added else dw_in, None if added else dw_down, None, None, None, None
+    return dx, None if added else dw_in, None if added else dw_down, None, None, None, None, None
 
 
 dense_forward.register_autograd(_backward, setup_context=_setup_context)

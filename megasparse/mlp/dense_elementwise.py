@@ -28,27 +28,33 @@ def _triton_applies(a: Tensor) -> bool:
     return dense_triton.AVAILABLE
 
 
-def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    a: Tensor, hidden: int, token_mask: Tensor | None, sequences: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """a [M, 2 H] or [M, H] -> h [M, H], l1 [], then as `statistics`."""
     if _triton_applies(a):
         from megasparse.mlp import dense_triton
 
-        return dense_triton.forward(a, hidden, token_mask)
+        return dense_triton.forward(a, hidden, token_mask, sequences)
     gate, up = split(a, hidden)
     g = torch.relu(gate)
     h = g if up is None else g * up
     l1_rows = h.abs().sum(1, dtype=sum_dtype(a.dtype))
     if token_mask is not None:
         l1_rows = l1_rows.masked_fill(~token_mask, 0)
-    return h, l1_rows.sum(), *statistics(g != 0, token_mask)
+    return h, l1_rows.sum(), *statistics(g != 0, token_mask, sequences)
 
 
-def statistics(active: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """active bool [M, H] -> counts int64 [4] (tokens, active, union, tiles), fired, tile_counts."""
+def statistics(active: Tensor, token_mask: Tensor | None, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+    """active bool [M, H] -> counts int64 [4] (tokens, active, union, tiles), fired, tile_counts.
+
+    Tiles are 128 positions of one of the `sequences` (`tiled_sequences`), rows position after position.
+    """
     tokens, hidden = active.shape
     tiles = -(-tokens // TOKEN_TILE)
     padded = torch.nn.functional.pad(active, (0, 0, 0, tiles * TOKEN_TILE - tokens))
-    tile_active = padded.view(tiles, TOKEN_TILE, hidden).any(1)
+    by_tile = padded.view(tiles // sequences, TOKEN_TILE, sequences, hidden)
+    tile_active = by_tile.any(1).view(tiles, hidden)
     counted = active if token_mask is None else active & token_mask.unsqueeze(1)
     fired = tile_active.any(0) if token_mask is None else counted.any(0)
     number = active.new_full((), tokens, dtype=torch.int64) if token_mask is None else token_mask.sum()

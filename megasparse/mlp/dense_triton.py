@@ -27,12 +27,13 @@ if AVAILABLE:
     @triton.jit
     def _forward_kernel(  # type: ignore[no-untyped-def]
         a, mask, h, l1_parts, count_parts, tile_fired,
-        M, H, stride, blocks,
+        M, H, stride, blocks, sequences,
         GATED: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
         tile = tl.program_id(1).to(tl.int64)
         block = tl.program_id(0)
-        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        tiles = tl.num_programs(1) // sequences  # of each sequence
+        rows = (tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)) * sequences + tile // tiles
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (rows < M)[:, None] & (columns < H)[None, :]
         place = rows[:, None] * stride + columns[None, :]
@@ -107,7 +108,9 @@ def _options(a: Tensor, hidden: int, token_mask: Tensor | None) -> dict[str, Any
     }  # fmt: skip
 
 
-def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    a: Tensor, hidden: int, token_mask: Tensor | None, sequences: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same as `dense_elementwise.forward`, for a contiguous bf16 or fp32 CUDA tensor with M > 0."""
     blocks, tiles = grid = _grid(a, hidden)
     h = a.new_empty(a.shape[0], hidden)
@@ -118,7 +121,7 @@ def forward(a: Tensor, hidden: int, token_mask: Tensor | None) -> tuple[Tensor, 
     with torch.cuda.device(a.device):
         _forward_kernel[grid](
             a, mask, h, l1_parts, count_parts, tile_fired,
-            a.shape[0], hidden, a.shape[1], blocks, **_options(a, hidden, token_mask),
+            a.shape[0], hidden, a.shape[1], blocks, sequences, **_options(a, hidden, token_mask),
         )  # fmt: skip
     counts = a.new_full((4,), tiles, dtype=torch.int64)
     counts[1:3] = count_parts.view(-1, 2).sum(0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from megasparse.mlp.cuda import note_dense, unsupported_reason
 from megasparse.mlp.dense import dense_forward
 from megasparse.mlp.sparse import sparse_forward
+from megasparse.mlp.token_order import tiled_sequences
 from megasparse.mlp.types import MainGrads, MLPOutput, MLPStats
 
 Path = Literal["dense", "sparse"]
@@ -19,6 +20,7 @@ def sparse_mlp(
     w_down: Tensor,
     *,
     token_mask: Tensor | None = None,
+    sequences: int = 1,
     path: Path = "dense",
     order: Tensor | None = None,
     capacity: int | None = None,
@@ -33,6 +35,10 @@ def sparse_mlp(
         w_down: [H, D], one row per neuron (the transpose of `torch.nn.Linear`'s): `y = h W_down`.
         token_mask: bool of x's leading shape, True where the token counts; the others are computed, but count
             neither in `l1` (value or gradient) nor in the statistics. None: all count.
+        sequences: b where the rows of x are those of [s, b, D] (Megatron's order): tiles of 128 tokens are then
+            cut along each sequence, whose neighbours share more neurons: fewer in each tile's union. Where s
+            is no multiple of 128, tiles are cut along the rows, as with 1. Results depend on it by rounding
+            only, `union` and `tile_counts` of the statistics describe those tiles.
         path: "dense" runs dense products; "sparse" computes only what active neurons need. Both are exact.
             Where the kernels do not apply, "sparse" runs dense and says why once (`unsupported_reason`).
         order: int32 [H] permutation, most frequently active neuron first: makes the sparse path's weight
@@ -48,11 +54,12 @@ def sparse_mlp(
     Raises:
         ValueError: for shapes, types or devices that do not fit together.
     """
-    _check(x, w_in, w_down, token_mask, path, order, main_grads)
+    _check(x, w_in, w_down, token_mask, sequences, path, order, main_grads)
     if capacity is not None and capacity < 0:
         raise ValueError(f"sparse_mlp: capacity is {capacity}; it must be 0 or more")
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     mask = None if token_mask is None else token_mask.reshape(-1)
+    sequences = tiled_sequences(tokens.shape[0], sequences)
     save = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_down.requires_grad)
     main_w_in, main_w_down = main_grads if main_grads is not None else (None, None)
     if path == "sparse" and (reason := unsupported_reason(tokens, w_in, w_down)) is not None:
@@ -62,10 +69,12 @@ def sparse_mlp(
         if capacity is None:
             capacity = -(-tokens.shape[0] * w_down.shape[0] // 16)
         y, l1, counts, fired, tile_counts, *_ = sparse_forward(
-            tokens, w_in, w_down, mask, order, save, capacity, main_w_in, main_w_down
+            tokens, w_in, w_down, mask, order, sequences, save, capacity, main_w_in, main_w_down
         )
     else:
-        y, l1, counts, fired, tile_counts, *_ = dense_forward(tokens, w_in, w_down, mask, save, main_w_in, main_w_down)
+        y, l1, counts, fired, tile_counts, *_ = dense_forward(
+            tokens, w_in, w_down, mask, sequences, save, main_w_in, main_w_down
+        )
     stats = MLPStats(counts[0], counts[1], fired, counts[2], counts[3], tile_counts)
     return MLPOutput(y.view(x.shape), l1, stats)
 
@@ -75,6 +84,7 @@ def _check(
     w_in: Tensor,
     w_down: Tensor,
     token_mask: Tensor | None,
+    sequences: int,
     path: str,
     order: Tensor | None,
     main_grads: MainGrads | None,
@@ -103,6 +113,9 @@ def _check(
             f"sparse_mlp: token_mask must be bool {tuple(x.shape[:-1])}; got {token_mask.dtype} "
             f"{tuple(token_mask.shape)}"
         )
+    tokens = x.shape[:-1].numel()
+    if sequences < 1 or tokens % sequences:
+        raise ValueError(f"sparse_mlp: sequences is {sequences}; it must divide the number of tokens, {tokens}")
     if order is not None and (order.dtype != torch.int32 or order.shape != (hidden,)):
         raise ValueError(
             f"sparse_mlp: order must be an int32 permutation of {hidden} neurons; got {order.dtype} "

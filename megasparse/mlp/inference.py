@@ -23,7 +23,7 @@ ENTER = 0.95
 
 def sparse_inference(x: Tensor, w_in: Tensor, w_down: Tensor) -> Tensor:
     """y [M, D] of `sparse_mlp(x, w_in, w_down, path="sparse")`, M > 0, nothing saved for a backward."""
-    return sparse_forward(x, w_in, w_down, None, None, False, 0, None, None)[0]
+    return sparse_forward(x, w_in, w_down, None, None, 1, False, 0, None, None)[0]
 
 
 def fewest_tokens(union_fraction: float, width: int, hidden: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from megasparse.mlp import cuda
 from megasparse.mlp.dense import fake_gradients, fake_outputs
 from megasparse.mlp.dense_elementwise import statistics, sum_dtype
+from megasparse.mlp.token_order import by_position, by_sequence
 from megasparse.mlp.twell import (
     POSITION_TILE,
     Pattern,
@@ -73,6 +74,7 @@ def sparse_forward(
     w_down: Tensor,
     token_mask: Tensor | None,
     order: Tensor | None,
+    sequences: int,
     save: bool,
     capacity: int,
     main_w_in: Tensor | None,
@@ -82,11 +84,15 @@ def sparse_forward(
     `save`, what the backward
     needs.
 
+    Tokens are numbered sequence after sequence (`token_order.py`; `sequences`: `tiled_sequences`) in all that is
+    saved, while x, y, token_mask and the gradients keep the caller's rows.
+
     That is mask, offset, row_ptr (`Pattern`), union_words, union_index, tile_info (`TileLists`), and
     the packed g and u [capacity] (no u where there is no gate). `counts` holds tokens, active, union,
     tiles as in `MLPStats`. The main gradients are not read: they only travel to the backward.
     """
     hidden = w_down.shape[0]
+    x, token_mask = by_sequence(x, sequences), None if token_mask is None else by_sequence(token_mask, sequences)
     positions_to_neurons = _natural(order, hidden)
     pattern, lists, g, u = _gate_and_up(x, w_in, hidden, positions_to_neurons)
     h = unpack(g * u if u.numel() else g, pattern, x.shape[0], hidden)
@@ -97,11 +103,11 @@ def sparse_forward(
     if token_mask is not None:
         l1 = l1.masked_fill(~token_mask, 0)
     active = words_to_bits(pattern.mask)[: x.shape[0], :hidden]
-    counts, *per_position = statistics(active, token_mask)
+    counts, *per_position = statistics(active, token_mask, 1)
     per_neuron = [torch.empty_like(values) for values in per_position]
     for values, ordered in zip(per_neuron, per_position, strict=True):
         values[positions_to_neurons] = ordered
-    outputs = [y, l1.sum(), counts, *per_neuron]
+    outputs = [by_position(y, sequences), l1.sum(), counts, *per_neuron]
     if not save:
         return outputs
     packed = [_fit(g, capacity)] + ([_fit(u, capacity)] if w_in.shape[0] != hidden else [])
@@ -123,6 +129,7 @@ def _(
     w_down: Tensor,
     token_mask: Tensor | None,
     order: Tensor | None,
+    sequences: int,
     save: bool,
     capacity: int,
     main_w_in: Tensor | None,
@@ -156,6 +163,7 @@ def sparse_backward(
     w_down: Tensor,
     token_mask: Tensor | None,
     order: Tensor | None,
+    sequences: int,
     saved: list[Tensor],
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
@@ -164,6 +172,8 @@ def sparse_backward(
     hidden, tokens = w_down.shape[0], x.shape[0]
     gated = w_in.shape[0] != hidden
     dy = torch.zeros_like(x) if dy is None else dy
+    x, dy = by_sequence(x, sequences), by_sequence(dy, sequences)
+    token_mask = None if token_mask is None else by_sequence(token_mask, sequences)
     natural = _natural(order, hidden)
     pattern, lists = Pattern(*saved[:3]), TileLists(*saved[3:6])
     packed = saved[6:]
@@ -203,7 +213,7 @@ def sparse_backward(
             dw_in[hidden + neurons] += (du[users, columns].t() @ x[users]).to(dw_in.dtype)
         dw_down[neurons] += (h[users, columns].t() @ dy[users]).to(dw_down.dtype)
     return (
-        dx,
+        by_position(dx, sequences),
         dw_in if main_w_in is None else x.new_empty(0),
         dw_down if main_w_down is None else x.new_empty(0),
     )
@@ -218,6 +228,7 @@ def _(
     w_down: Tensor,
     token_mask: Tensor | None,
     order: Tensor | None,
+    sequences: int,
     saved: list[Tensor],
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
@@ -226,9 +237,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, w_in, w_down, token_mask, order, _, _, main_w_in, main_w_down = inputs
+    x, w_in, w_down, token_mask, order, sequences, _, _, main_w_in, main_w_down = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
+    ctx.sequences = sequences
     ctx.save_for_backward(x, w_in, w_down, token_mask, order, *output[5:])
     # Not saved tensors: other micro-batches add to them between this forward and its backward.
     ctx.main_grads = (main_w_in, main_w_down)
@@ -238,10 +250,10 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     x, w_in, w_down, token_mask, order, *saved = ctx.saved_tensors
     main_w_in, main_w_down = ctx.main_grads
     dx, dw_in, dw_down = sparse_backward(
-        grads[0], grads[1], x, w_in, w_down, token_mask, order, saved, main_w_in, main_w_down
+        grads[0], grads[1], x, w_in, w_down, token_mask, order, ctx.sequences, saved, main_w_in, main_w_down
     )
     added = main_w_in is not None
-    return dx, None if added else dw_in, None if added else dw_down, None, None, None, None, None, None
+    return dx, None if added else dw_in, None if added else dw_down, *(None,) * 7
 
 
 sparse_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -5,14 +5,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 TOKEN_TILE = 128
-"""Consecutive tokens whose active neurons are gathered together; `MLPStats.union` counts over them."""
+"""Consecutive tokens whose active neurons are gathered together; `MLPStats.union` counts over them.
+
+Tokens are in the order of the rows, or of one sequence where `sparse_mlp` is told of several in the rows."""
 
 
 class MLPStats(NamedTuple):
     """What one call saw, as detached device tensors: reading them is the only host synchronisation.
 
     Tokens that `token_mask` leaves out count in none of these but `union`, `tiles` and `tile_counts`, which
-    describe the work of the kernels and so cover all tokens.
+    describe the work of the kernels and so cover all tokens. A tile is 128 consecutive tokens: of one sequence where
+    `sparse_mlp` is given `sequences` of whole tiles, else of the rows.
     """
 
     tokens: Tensor
@@ -22,7 +25,7 @@ class MLPStats(NamedTuple):
     fired: Tensor
     """bool [H]: the neuron was active for at least one counted token."""
     union: Tensor
-    """int64 []: sum over tiles of 128 consecutive tokens of the number of neurons active for any of them."""
+    """int64 []: sum over tiles of the number of neurons active for any of the tile's 128 tokens."""
     tiles: Tensor
     """int64 []: number of 128-token tiles."""
     tile_counts: Tensor

@@ -450,6 +450,23 @@ def mlp_beside_fp8(recipe: str) -> list[dict[str, np.ndarray]]:
     return results
 
 
+def tile_unions(config: dict[str, Any]) -> tuple[int, int, int]:
+    """(union, tiles, neurons of this rank) of one MLP and two sequences of 256 tokens, each using its half of them."""
+    cfg = make_config(**config)
+    start(cfg)
+    mlp = next(iter_sparse_mlps(Model(cfg).chunks)).eval()
+    x = torch.zeros(256, 2, cfg.model.hidden_size)
+    x[:, :, 0] = torch.tensor([1.0, -1.0])
+    with torch.no_grad():
+        weight = mlp.linear_fc1.weight
+        weight[: mlp.hidden].zero_()
+        weight[: mlp.hidden, 0] = 1 - 2.0 * (torch.arange(mlp.hidden) % 2)
+        if cfg.parallel.sequence_parallel:
+            x = x.chunk(cfg.parallel.tensor)[parallel_state.get_tensor_model_parallel_rank()]
+        mlp(x)
+    return int(mlp.recorder.union), int(mlp.recorder.tiles), mlp.hidden
+
+
 def wrong_mask() -> None:
     cfg = make_config()
     start(cfg)

@@ -15,7 +15,7 @@ from megasparse.megatron.norm import Norm
 from megasparse.megatron.sparse_mlp import SparseMLP, _check
 from tests.launch import run_distributed
 from tests.megatron.cases import dense_mlp, make_config
-from tests.megatron.helpers import run_gradients
+from tests.megatron.helpers import LAYOUTS, run_gradients
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,17 @@ def test_norm_names_what_it_cannot_build() -> None:
     config = transformer_config(make_config())
     with pytest.raises(ValueError, match="L2Norm"):
         Norm(dataclasses.replace(config, normalization="L2Norm"), 8)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("layout", ["one", "tp2-sp"])
+def test_tiles_follow_sequences(layout: str, path: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    for union, tiles, hidden in run_distributed(
+        ranks, "tests.megatron.cases:tile_unions", {**parallel, "sparsity__path": path}
+    ):
+        assert tiles == 4
+        assert union == 4 * hidden // 2
 
 
 def test_padding_mask_of_a_wrong_shape() -> None:

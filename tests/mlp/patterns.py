@@ -88,3 +88,17 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
     norm = float(wanted.double().norm())
     error = float((value.double() - wanted.double()).norm())
     return error / norm if norm else error
+
+
+def rows_of_tokens(tokens: int, sequences: int) -> Tensor:
+    """int64 [M]: row of token t of `sequences` sequences in x [s, b, D], tokens numbered sequence after sequence."""
+    length = tokens // sequences
+    return torch.tensor([t % length * sequences + t // length for t in range(tokens)])
+
+
+def interleaved(case: Case, sequences: int) -> Case:
+    """A case whose tokens are in the order of `rows_of_tokens`, with x and dy as [s, b, D] has them."""
+    rows = rows_of_tokens(case.x.shape[0], sequences).to(case.x.device)
+    x, dy = torch.empty_like(case.x), torch.empty_like(case.dy)
+    x[rows], dy[rows] = case.x, case.dy
+    return case._replace(x=x, dy=dy)

@@ -59,7 +59,8 @@ def run(case: Case, path: str, **options: object) -> tuple[torch.Tensor, ...]:
 def check(case: Case, **options: object) -> None:
     """All five outputs no further from fp64 than the dense bf16 path's, and the same statistics."""
     wanted = reference(case, L1_WEIGHT, options.get("token_mask"))
-    dense, sparse = run(case, "dense", token_mask=options.get("token_mask")), run(case, "sparse", **options)
+    shared = {name: value for name, value in options.items() if name in ("token_mask", "sequences")}
+    dense, sparse = run(case, "dense", **shared), run(case, "sparse", **options)
     for name, a, b, expected, magnitude in zip(
         NAMES, dense[:5], sparse[:5], wanted[:5], wanted.magnitudes, strict=True
     ):
@@ -272,12 +273,12 @@ SANITIZED = """
 import torch
 from megasparse.mlp import sparse_mlp
 from tests.mlp.patterns import make_case
-for gated in (True, False):
-    case = make_case(200, 64, 130, gated, "sparse").to(torch.bfloat16, "cuda")
+for gated, tokens, sequences in ((True, 200, 1), (False, 200, 1), (True, 256, 2), (False, 256, 2)):
+    case = make_case(tokens, 64, 130, gated, "sparse").to(torch.bfloat16, "cuda")
     leaves = [tensor.requires_grad_() for tensor in case[:3]]
     order = torch.randperm(130).int().cuda()
     for capacity in (None, 3):
-        out = sparse_mlp(*leaves, path="sparse", order=order, capacity=capacity)
+        out = sparse_mlp(*leaves, path="sparse", sequences=sequences, order=order, capacity=capacity)
         torch.autograd.grad([out.y, out.l1], leaves, [case.dy, torch.ones((), device="cuda")])
 torch.cuda.synchronize()
 print("finished")

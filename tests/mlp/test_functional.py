@@ -9,33 +9,37 @@ from megasparse.mlp import MainGrads, sparse_mlp
 from tests.mlp.patterns import make_case
 
 
-def leaves(gated: bool = True, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [tensor.requires_grad_() for tensor in make_case(150, 24, 70, gated, "sparse").to(dtype)[:3]]
+def leaves(gated: bool = True, dtype: torch.dtype = torch.float32, tokens: int = 150) -> list[torch.Tensor]:
+    return [tensor.requires_grad_() for tensor in make_case(tokens, 24, 70, gated, "sparse").to(dtype)[:3]]
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_operators_pass_opcheck(gated: bool, masked: bool) -> None:
-    x, w_in, w_down = leaves(gated)
-    mask = torch.arange(150) % 3 > 0 if masked else None
-    opcheck(torch.ops.megasparse.mlp_dense_forward.default, (x, w_in, w_down, mask, True, None, None))
+    sequences = 2 if masked else 1
+    x, w_in, w_down = leaves(gated, tokens=256 if masked else 150)
+    mask = torch.arange(256) % 3 > 0 if masked else None
+    opcheck(torch.ops.megasparse.mlp_dense_forward.default, (x, w_in, w_down, mask, sequences, True, None, None))
     order = torch.arange(70, dtype=torch.int32).flip(0) if masked else None
-    opcheck(torch.ops.megasparse.mlp_sparse_forward.default, (x, w_in, w_down, mask, order, True, 900, None, None))
+    opcheck(
+        torch.ops.megasparse.mlp_sparse_forward.default,
+        (x, w_in, w_down, mask, order, sequences, True, 900, None, None),
+    )
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 def test_backward_operators_pass_opcheck(path: str, accumulate: bool) -> None:
-    x, w_in, w_down = (tensor.detach() for tensor in leaves())
+    x, w_in, w_down = (tensor.detach() for tensor in leaves(tokens=256))
     main = (torch.zeros_like(w_in), torch.zeros_like(w_down)) if accumulate else (None, None)
     dy, dl1 = torch.randn_like(x), torch.tensor(0.5)
     ops = torch.ops.megasparse
     if path == "dense":
-        saved = ops.mlp_dense_forward(x, w_in, w_down, None, True, None, None)[-1]
+        saved = ops.mlp_dense_forward(x, w_in, w_down, None, 2, True, None, None)[-1]
         opcheck(ops.mlp_dense_backward.default, (dy, dl1, x, w_in, w_down, None, saved, *main))
     else:
-        saved = ops.mlp_sparse_forward(x, w_in, w_down, None, None, True, 900, None, None)[5:]
-        opcheck(ops.mlp_sparse_backward.default, (dy, dl1, x, w_in, w_down, None, None, saved, *main))
+        saved = ops.mlp_sparse_forward(x, w_in, w_down, None, None, 2, True, 900, None, None)[5:]
+        opcheck(ops.mlp_sparse_backward.default, (dy, dl1, x, w_in, w_down, None, None, 2, saved, *main))
 
 
 def gradients(function, inputs: list[torch.Tensor], **options: object) -> list[torch.Tensor]:
@@ -102,7 +106,7 @@ def test_saves_in_proportion_to_the_non_zeros() -> None:
 def test_nothing_is_saved_without_grad() -> None:
     x, w_in, w_down = leaves()
     with torch.no_grad():
-        out = torch.ops.megasparse.mlp_sparse_forward(x, w_in, w_down, None, None, False, 0, None, None)
+        out = torch.ops.megasparse.mlp_sparse_forward(x, w_in, w_down, None, None, 1, False, 0, None, None)
         assert len(out) == 5
         assert not sparse_mlp(x, w_in, w_down).y.requires_grad
 
@@ -119,6 +123,8 @@ def test_nothing_is_saved_without_grad() -> None:
         ({"order": torch.arange(10)}, "int32 permutation of 10 neurons; got torch.int64"),
         ({"path": "fast"}, "path is 'fast'"),
         ({"capacity": -1}, "capacity is -1"),
+        ({"sequences": 3}, "sequences is 3; it must divide the number of tokens, 4"),
+        ({"sequences": 0}, "sequences is 0"),
         ({"main_grads": MainGrads(torch.zeros(20, 8, dtype=torch.bfloat16), torch.zeros(10, 8))}, "main_grads.w_in"),
     ],
 )

@@ -18,6 +18,7 @@ struct GateParams {
   void* arena;           // bf16 [Mp, 64 W]: element i of word w's slot (64 w + i) = its i-th non-zero; the rest undefined
   const int32_t* run_if; // device flag or null: nothing is done if *run_if == 0
   int64_t m;
+  int64_t sequences = 1; // of the M tokens, which are rows t of the mask: where x has them, see csrc/token_rows.h
   int64_t d;             // multiple of 8
   int64_t h;
   int sm_count;

@@ -24,6 +24,7 @@ struct GatherDownParams {
   const int32_t* tile_order;   // [Mt] token tiles, largest union first; Mt = ceil(M / 128)
   void* out;                   // bf16 [M, D]
   int64_t m;
+  int64_t sequences = 1;       // of the M tokens, as everything here numbers them: where `out` has them, see csrc/token_rows.h
   int64_t d;                   // multiple of 8
   int64_t union_stride;        // multiple of 64
   int sm_count;                // multiprocessors to use

@@ -53,6 +53,7 @@ struct GatherNtParams {
                                // written, their sum in index order is deterministic
   const int32_t* run_if;       // device flag or null: nothing is done if *run_if == 0
   int64_t m;
+  int64_t sequences = 1;       // of the M tokens, as everything here numbers them: where `a` has them, see csrc/token_rows.h
   int64_t d;                   // multiple of 8
   int64_t h;
   int sm_count;

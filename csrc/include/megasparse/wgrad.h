@@ -34,13 +34,15 @@ struct WgradParams {
   WgradOutput output;       // of both
   bool gated;
   int64_t m;
+  int64_t sequences = 1;    // of the M tokens t: where x and dy have them, see csrc/token_rows.h
   int64_t h_size;           // H
   int64_t d;                // multiple of 8
   int sm_count;             // multiprocessors to use
 };
 
 // Bytes of scratch (256-byte aligned, not initialised) that launch_wgrad needs: the worst case, 3 * Mp * 64 W bf16 gated
-// (2 otherwise) and some tens of MB. Depends on m, h_size, d, gated, sm_count. Only what is active is touched.
+// (2 otherwise) and some tens of MB. Depends on m, sequences, h_size, d, gated,
+// sm_count. Only what is active is touched.
 size_t wgrad_workspace_bytes(const WgradParams& params);
 
 // Makes its own token lists from the mask. Deterministic: one owner per output element, fixed order of summation.
