@@ -4,6 +4,7 @@
     python tools/benchmark_mlp.py                                   uniform random patterns
     python tools/benchmark_mlp.py --patterns DIR                    and the recorded ones in DIR/*.npz
     python tools/benchmark_mlp.py --capture runs/NAME               and every layer of a checkpoint, on its data
+    python tools/benchmark_mlp.py --sequences 8                     rows as in [s, 8, D]: tokens of a tile are strided
     python tools/benchmark_mlp.py --peer CHECKOUT                   and the published kernels (arXiv 2603.23198)
     python tools/benchmark_mlp.py --shape 16384,4096,14336 --shape 2048,2048,5632 --l0 60 --profile
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megasparse.mlp import LayerRouter, device_reason, sparse_mlp, synthetic
 from megasparse.mlp.dispatch import ENTER_SPARSE, predicted_ratio
+from megasparse.mlp.token_order import by_position, tiled_sequences
 from megasparse.monitoring.environment import describe_environment
 
 L1_WEIGHT = 1e-6
@@ -47,12 +49,17 @@ def dense(x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
 class Layer:
     """One case: tensors, and what its pattern says."""
 
-    def __init__(self, name: str, x: Tensor, w_in: Tensor, w_down: Tensor, generator: torch.Generator) -> None:
+    def __init__(
+        self, name: str, x: Tensor, w_in: Tensor, w_down: Tensor, generator: torch.Generator, sequences: int
+    ) -> None:
+        """x [M, D] is in order of time; the rows of the layer's input are those of [M / sequences, sequences, D]."""
         self.name = name
+        self.sequences = sequences
+        x = by_position(x, sequences)
         self.leaves = [tensor.bfloat16().contiguous().requires_grad_() for tensor in (x, w_in, w_down)]
         self.dy = torch.randn(x.shape, device=x.device, generator=generator).bfloat16()
         with torch.no_grad():
-            stats = sparse_mlp(*self.leaves).stats
+            stats = sparse_mlp(*self.leaves, sequences=sequences).stats
         hidden, tokens = w_down.shape[0], x.shape[0]
         self.l0 = int(stats.active) / tokens
         self.union_fraction = int(stats.union) / int(stats.tiles) / hidden
@@ -72,21 +79,24 @@ def cases(arguments: argparse.Namespace, tokens: int, width: int, hidden: int) -
 
     for l0 in arguments.l0:
         x, w_gate = synthetic.uniform(tokens, width, hidden, l0, generator)
-        yield Layer(f"uniform {l0:g}", x, *weights(w_gate), generator)
+        yield Layer(f"uniform {l0:g}", x, *weights(w_gate), generator, arguments.sequences)
     for path in sorted(arguments.patterns.glob("*.npz")) if arguments.patterns else []:
         pattern = synthetic.widen(synthetic.load_pattern(path, hidden), hidden)
         pattern = pattern.repeat(-(-tokens // len(pattern)), 1)[:tokens]
         x, w_gate = synthetic.fit(pattern, width, generator)
-        yield Layer(path.stem, x, *weights(w_gate), generator)
+        yield Layer(path.stem, x, *weights(w_gate), generator, arguments.sequences)
 
     if arguments.capture:
         for index, (x, w_in, w_down) in sorted(captured(arguments.capture, tokens).items()):
             if (x.shape[1], w_down.shape[0]) == (width, hidden):
-                yield Layer(f"captured {index}", x, w_in, w_down, generator)
+                yield Layer(f"captured {index}", x, w_in, w_down, generator, arguments.sequences)
 
 
 def captured(run: Path, tokens: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Input and weights of every (gated) sparse MLP of a checkpoint while it is validated on its own data."""
+    """Input and weights of every (gated) sparse MLP of a checkpoint while it is validated on its own data.
+
+    Tokens come sequence after sequence.
+    """
     from megasparse.megatron import SparseMLP
     from megasparse.training.evaluate import evaluate
 
@@ -97,7 +107,7 @@ def captured(run: Path, tokens: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]
         if isinstance(module, SparseMLP):
             kept = inputs.setdefault(module.layer_index, [])
             if sum(map(len, kept)) < tokens:
-                kept.append(arguments[0].detach().flatten(0, -2).clone())
+                kept.append(arguments[0].detach().transpose(0, 1).flatten(0, -2).clone())
             weights[module.layer_index] = (
                 module.linear_fc1.weight.detach().clone(),
                 module.linear_fc2.weight.detach().clone(),
@@ -240,7 +250,7 @@ def variants(
 ) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
     def ours(path: str) -> Callable[..., tuple[Tensor, ...]]:
         options: dict[str, Any] = {"order": layer.order, "capacity": layer.capacity} if path == "sparse" else {}
-        return lambda *leaves: sparse_mlp(*leaves, path=path, **options)
+        return lambda *leaves: sparse_mlp(*leaves, path=path, sequences=layer.sequences, **options)
 
     all_variants = {"eager": dense, "compile": compiled, "ours dense": ours("dense"), "ours sparse": ours("sparse")}
     return all_variants | ({"peer": peer} if peer is not None else {})
@@ -316,6 +326,7 @@ def main() -> int:
     parser.add_argument("--patterns", type=Path, help="directory of recorded patterns (*.npz, packed bits in `a`)")
     parser.add_argument("--capture", type=Path, help="run or checkpoint whose layers are measured too")
     parser.add_argument("--peer", type=Path, help="checkout of the published kernels, measured too")
+    parser.add_argument("--sequences", type=int, default=1, help="of M tokens; rows of x position after position")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--profile", action="store_true", help="print the time of each kernel")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_mlp"))
@@ -324,7 +335,12 @@ def main() -> int:
         print("error: no CUDA GPU", file=sys.stderr)
         return 1
     shapes = arguments.shape or [(16384, 2048, 5632)]
-    for _, width, hidden in shapes:
+    for tokens, width, hidden in shapes:
+        if tiled_sequences(tokens, arguments.sequences) != arguments.sequences:
+            print(
+                f"error: {tokens} tokens are not {arguments.sequences} sequences of whole tiles of 128", file=sys.stderr
+            )
+            return 1
         if reason := device_reason(torch.device("cuda"), torch.bfloat16, width, hidden):
             print(f"error: {reason}", file=sys.stderr)
             return 1
@@ -349,6 +365,7 @@ def main() -> int:
                 {
                     "name": layer.name,
                     "shape": {"tokens": tokens, "width": width, "hidden": hidden},
+                    "sequences": layer.sequences,
                     "l0": layer.l0,
                     "union_fraction": layer.union_fraction,
                     "auto_path": "sparse" if predicted < ENTER_SPARSE else "dense",
