@@ -47,7 +47,7 @@ def logarithmic(axis: Any) -> None:
 
 
 def mode_of(record: Record) -> str:
-    return str(record["sparsity"]["l1"]["mode"])
+    return str(record["config"]["sparsity"]["l1"]["mode"])
 
 
 def palette(modes: Sequence[str]) -> list[Any]:
@@ -99,7 +99,7 @@ def draw_steering(figure: Any, records: Sequence[Record]) -> None:
     rows = figure.subplots(2, len(records), squeeze=False, sharex=True, sharey="row")
     for column, record in enumerate(records):
         layers = len(record["layers"])
-        targets = record["sparsity"]["l1"]["target_l0"]
+        targets = record["config"]["sparsity"]["l1"]["target_l0"]
         for layer in range(layers):
             colour = colormaps["plasma"](0.9 * layer / max(1, layers - 1))
             label = f"layer {layer}" if layers <= 12 or layer in (0, layers - 1) else None

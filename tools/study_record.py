@@ -10,6 +10,8 @@ from typing import Any
 from megasparse.monitoring.environment import read_json
 from megasparse.monitoring.report.data import Points, ReportError, Run
 
+COMPARED = ("model", "sparsity", "parallel", "training", "optimizer")
+"""Sections of the configuration that make two runs of one variant and seed the same run."""
 END = 0.05
 """Share of a run's last steps over which its final sparsity is averaged: one record is one step's batch."""
 LATE = 0.2
@@ -50,8 +52,7 @@ def read_run(folder: Path, variant: str, seed: int) -> dict[str, Any] | None:
         "eval_tokens": config["training"]["eval_steps"]
         * config["training"]["global_batch_size"]
         * config["data"]["sequence_length"],
-        "model": config["model"],
-        "sparsity": config["sparsity"],
+        "config": {section: config[section] for section in COMPARED},
         "environment": run.environment,
         "starts": len(run.starts),
         "wall_seconds": max(record.time for record in [*run.train, *run.valid]) - run.starts[0]["time"],
@@ -106,6 +107,11 @@ def thin(points: Points) -> list[list[float | None]]:
     every = max(1, math.ceil(len(points) / MOST_POINTS))
     kept = points[::-1][::every][::-1]
     return [[int(step), float(f"{value:.5g}") if math.isfinite(value) else None] for step, value in kept]
+
+
+def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """What `write_records` wrote, by variant and seed; nothing where there is no such file."""
+    return {(record["variant"], record["seed"]): record for record in read_json(path).get("runs", [])}
 
 
 def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:

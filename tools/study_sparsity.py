@@ -10,8 +10,9 @@ Each run is `megasparse pretrain` on one GPU in RUNS/{variant}-s{seed}, with tra
 with the first seed, then with the next. A run that ended well is not repeated: to go on, give the same command again.
 On SIGTERM or Ctrl-C the running ones save and continue in the next call, so `timeout -s TERM SECONDS` fits a study into
 a machine that is lent for short. After every run, OUTPUT.json (all figures and thinned curves), OUTPUT.md (tables) and
-OUTPUT.png are written anew. They need run.json, metrics.jsonl, exit_code and mlp/results.json of each run only: collect
-these from several machines and call with --table-only.
+OUTPUT.png are written anew. A run that stands finished in OUTPUT.json is not repeated either, so OUTPUT.json is all
+that a study needs to go on elsewhere; or collect run.json, metrics.jsonl, exit_code and mlp/results.json of each run
+from several machines and call with --table-only.
 
 The first variant is the reference. Where it is to stand for dense training, give it sparsity.path=dense too.
 
@@ -45,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_jobs import Job, run_jobs
 from study_plot import plot
-from study_record import read_run, write_records
+from study_record import COMPARED, read_records, read_run, write_records
 from study_tables import tables
 
 from megasparse.config import Config, ConfigError, Problem, check_files, load_config
@@ -54,8 +55,10 @@ from megasparse.monitoring.report import ReportError
 from megasparse.training.checkpoint_files import find_checkpoints
 
 TOOLS = Path(__file__).resolve().parent
-COMPARED = ("model", "sparsity", "parallel", "training", "optimizer")
-"""Sections of the configuration that must be those of a run that is not repeated."""
+
+
+Known = dict[tuple[str, int], dict[str, Any]]
+"""Records of runs by variant and seed, of an earlier call."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,8 @@ def settled(config: str, run: StudyRun) -> tuple[Config, list[str]]:
     return cfg, overrides
 
 
-def check_unchanged(run: StudyRun, cfg: Config) -> None:
-    """Raises ConfigError where the directory holds a run with other settings."""
-    old = read_json(run.folder / "run.json").get("config", {})
+def check_unchanged(place: Path, old: dict[str, Any], cfg: Config) -> None:
+    """Raises ConfigError where `old`, the configuration that `place` holds ({}: none), has other settings."""
     new = cfg.model_dump(mode="json")
     if old:
         differing = [
@@ -125,21 +127,27 @@ def check_unchanged(run: StudyRun, cfg: Config) -> None:
             raise ConfigError(
                 [
                     Problem(
-                        str(run.folder),
+                        str(place),
                         f"holds a run with other settings: {'; '.join(differing)}",
-                        "use another --runs, rename the variant, or delete the directory",
+                        "use another --runs or --output, rename the variant, or delete what is there",
                     )
                 ]
             )
 
 
-def jobs_of(run: StudyRun, config: str, mlp: bool) -> list[Job]:
+def jobs_of(run: StudyRun, arguments: argparse.Namespace, known: Known) -> list[Job]:
     """Raises ConfigError."""
-    cfg, overrides = settled(config, run)
-    check_unchanged(run, cfg)
-    training = Job(run.name, 1, [sys.executable, "-m", "megasparse", "pretrain", config, *overrides], run.folder)
+    cfg, overrides = settled(arguments.config, run)
+    check_unchanged(run.folder, read_json(run.folder / "run.json").get("config", {}), cfg)
+    record = known.get((run.variant, run.seed), {})
+    if not run.folder.exists() and record.get("finished"):
+        check_unchanged(json_of(arguments.output), record["config"], cfg)
+        return []
+    training = Job(
+        run.name, 1, [sys.executable, "-m", "megasparse", "pretrain", arguments.config, *overrides], run.folder
+    )
     # A record that came from another machine has no checkpoint to look into.
-    if not mlp or (training.done and not find_checkpoints(cfg.checkpoint_directory)):
+    if not arguments.mlp or (training.done and not find_checkpoints(cfg.checkpoint_directory)):
         return [training]
     tokens = cfg.training.micro_batch_size * cfg.data.sequence_length
     command = [
@@ -149,14 +157,19 @@ def jobs_of(run: StudyRun, config: str, mlp: bool) -> list[Job]:
     return [training, Job(f"{run.name}, MLPs", 1, command, run.folder / "mlp", after=training)]
 
 
-def write(runs: Sequence[StudyRun], output: Path) -> str:
-    """Writes the three files from what the runs have logged so far. Returns the tables."""
+def json_of(output: Path) -> Path:
+    return output.with_name(output.name + ".json")
+
+
+def write(runs: Sequence[StudyRun], output: Path, known: Known) -> str:
+    """Writes the three files from what the runs have logged so far, and what is `known` of the others. Returns the
+    tables."""
     variants = list(dict.fromkeys(run.variant for run in runs))
-    found = [read_run(run.folder, run.variant, run.seed) for run in runs]
+    found = [read_run(run.folder, run.variant, run.seed) or known.get((run.variant, run.seed)) for run in runs]
     records: list[dict[str, Any]] = [record for record in found if record is not None]
     text = tables(records, variants, list(dict.fromkeys(run.seed for run in runs)))
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_records(output.with_name(output.name + ".json"), records)
+    write_records(json_of(output), records)
     output.with_name(output.name + ".md").write_text(text)
     plot(records, variants, output.with_name(output.name + ".png"))
     return text
@@ -176,17 +189,18 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     try:
         runs = planned(arguments)
+        known = read_records(json_of(arguments.output))
         failed: list[Job] = []
         if not arguments.table_only:
-            jobs = [job for run in runs for job in jobs_of(run, arguments.config, arguments.mlp)]
+            jobs = [job for run in runs for job in jobs_of(run, arguments, known)]
             before = {job.name for job in jobs if job.done}
 
             def ended(job: Job) -> None:
                 if job.name not in before:
-                    write(runs, arguments.output)
+                    write(runs, arguments.output, known)
 
             failed = run_jobs(jobs, arguments.gpus, ended)
-        print(write(runs, arguments.output))
+        print(write(runs, arguments.output, known))
     except (ConfigError, ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

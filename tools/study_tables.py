@@ -85,10 +85,10 @@ def by_layer(records: Sequence[Record], variants: Sequence[str]) -> str:
 def notes(records: Sequence[Record], variants: Sequence[str], seeds: Sequence[int]) -> str:
     """What the figures are of: model, data, machine, and which runs are missing."""
     first = records[0]
-    model, environment, step_tokens = first["model"], first["environment"], first["tokens_per_step"]
+    model, environment, step_tokens = first["config"]["model"], first["environment"], first["tokens_per_step"]
     machines = sorted({record["environment"].get("gpu", "CPU") for record in records})
     commits = sorted({(record["environment"].get("git_commit") or "unknown")[:12] for record in records})
-    windows = sorted({record["sparsity"]["dead_window_steps"] for record in records})
+    windows = sorted({record["config"]["sparsity"]["dead_window_steps"] for record in records})
     done = {(record["variant"], record["seed"]) for record in records}
     missing = [f"{variant}, seed {seed}" for seed in seeds for variant in variants if (variant, seed) not in done]
     lines = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import benchmark_mlp
@@ -75,6 +76,16 @@ def test_goes_on_from_what_exists(study: Path, capsys: pytest.CaptureFixture[str
     assert "training.steps 30 -> 31" in capsys.readouterr().err
 
 
+def test_goes_on_from_its_own_output(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the directories of its runs, as on another machine."""
+    whole = (study / "out" / "study 1.0.md").read_text()
+    assert study_sparsity.main(words(study, "--seeds", "1", "2", runs="elsewhere")) == 0
+    assert not list(study.glob("elsewhere/*"))
+    assert (study / "out" / "study 1.0.md").read_text() == whole
+    assert study_sparsity.main(words(study, "--set", "optimizer.lr=0.5", runs="elsewhere")) == 2
+    assert "study 1.0.json: holds a run with other settings: optimizer.lr" in capsys.readouterr().err
+
+
 def test_redraws_from_records_alone_with_runs_missing(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = (study / "out" / "study 1.0.md").read_text()
     for folder in (study / "runs").iterdir():
@@ -85,6 +96,7 @@ def test_redraws_from_records_alone_with_runs_missing(study: Path, capsys: pytes
     assert study_sparsity.main(words(study, "--table-only", "--seeds", "1", "2", runs="copied")) == 0
     assert (study / "out" / "study 1.0.md").read_text() == whole
     shutil.rmtree(study / "copied" / "target-4-s2")
+    (study / "out" / "study 1.0.json").unlink()
     assert study_sparsity.main(words(study, "--table-only", "--seeds", "1", "2", "3", runs="copied")) == 0
     text = (study / "out" / "study 1.0.md").read_text()
     assert "Not finished: target 4, seed 2; no L1, seed 3; target 4, seed 3." in text
@@ -112,7 +124,8 @@ def test_mlps_are_timed_where_there_is_a_checkpoint(study: Path) -> None:
         if runs == "finished-elsewhere":
             folder.mkdir(parents=True)
             (folder / "exit_code").write_text("0\n")
-        training, *mlp = study_sparsity.jobs_of(run, str(study / "config.yaml"), mlp=True)
+        arguments = Namespace(config=str(study / "config.yaml"), mlp=True, output=study / "out" / "other")
+        training, *mlp = study_sparsity.jobs_of(run, arguments, {})
         assert 1 + len(mlp) == count
         for job in mlp:
             assert job.after == training
