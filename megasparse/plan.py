@@ -2,7 +2,7 @@
 
 Memory is an estimate. Weights, gradients and optimizer state are exact up to padding; activations follow
 Korthikanti et al. (arXiv 2205.05198) with a fused attention (no score matrix) and the buffers that the MLP here
-saves; `OVERHEAD` stands for the CUDA context, NCCL and the allocator's slack.
+saves; `OVERHEAD` and `COMMUNICATORS` stand for the CUDA context, NCCL and the allocator's slack.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from megasparse.config import Config
 
 OVERHEAD = 3 << 30
-"""Bytes of a GPU that no tensor of ours holds: CUDA context, libraries, NCCL buffers, what the allocator keeps. One
-H200 with Transformer Engine: 3.2 to 3.3 GiB (tools/benchmark_pretrain.py)."""
+"""Bytes of a GPU that no tensor of ours holds: CUDA context, libraries, what the allocator keeps. One H200 with
+Transformer Engine: 2.8 to 3.3 GiB (tools/benchmark_pretrain.py)."""
+COMMUNICATORS = 6 << 30
+"""Bytes more where there are other ranks: NCCL's buffers, one set a process group, and a second communication stream's
+share of the allocator. Two and four H200s, TP, SP, PP, CP, DP: 5.3 to 7.0 GiB (docs/benchmarks/layouts.json)."""
 ASSUMED_DENSITY = 0.02
 """Share of active neurons assumed for `l1.mode: constant`, where the config names no target."""
 
@@ -74,12 +77,17 @@ class StageMemory:
     """All MLPs on the dense path: how every run with `sparsity.path: auto` starts."""
     activations_sparse: int
     """All MLPs on the sparse path at the assumed L0."""
-    workspace: int
-    """Largest temporaries: logits on the last stage, or one layer's backward."""
+    temporaries_dense: int
+    """Largest temporaries: of head and loss on the last stage, or of one layer's backward."""
+    temporaries_sparse: int
+    overhead: int
+    """What no tensor of ours holds."""
 
     def total(self, sparse: bool) -> int:
-        activations = self.activations_sparse if sparse else self.activations_dense
-        return self.weights + self.gradients + self.optimizer + activations + self.workspace + OVERHEAD
+        passing = self.activations_dense + self.temporaries_dense
+        if sparse:
+            passing = self.activations_sparse + self.temporaries_sparse
+        return self.weights + self.gradients + self.optimizer + passing + self.overhead
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,9 @@ def _stage(
         optimizer=-(-count * state // shards),
         activations_dense=activations(mlp_dense),
         activations_sparse=activations(mlp_sparse),
-        workspace=_workspace(cfg, last),
+        temporaries_dense=_temporaries(cfg, last, sparse=False),
+        temporaries_sparse=_temporaries(cfg, last, sparse=True),
+        overhead=OVERHEAD + (COMMUNICATORS if world_size > 1 else 0),
     )
 
 
@@ -304,10 +314,17 @@ def _layer_saved(cfg: Config, mlp: int) -> float:
     return everything
 
 
-def _workspace(cfg: Config, last: bool) -> int:
-    """Largest temporaries: on the last stage the logits, which their gradient overwrites; else an MLP's backward."""
+def _temporaries(cfg: Config, last: bool, sparse: bool) -> int:
+    """Largest temporaries, bytes.
+
+    One MLP's backward: its gradients by neuron and by token; the sparse path has buffers for the worst case, in which
+    every neuron fires (csrc/README.md). On the last stage the logits, which their gradient overwrites, with the
+    gradients of output layer and hidden states beside them.
+    """
     tokens, tensor, element = _tokens(cfg), cfg.parallel.tensor, _element(cfg)
-    width = (3 if cfg.model.gated else 2) * cfg.model.ffn_hidden_size // tensor
-    backward = tokens * (width + 2 * cfg.model.hidden_size) * element
-    logits = tokens * cfg.padded_vocab_size() // tensor * element if last else 0
-    return max(backward, logits)
+    buffers = (6 if sparse else 3) if cfg.model.gated else (4 if sparse else 2)
+    width, hidden = cfg.model.ffn_hidden_size // tensor, cfg.model.hidden_size
+    backward = tokens * (buffers * width + 2 * hidden) * element
+    rows = cfg.padded_vocab_size() // tensor
+    head = (tokens * (rows + hidden) + rows * hidden) * element if last else 0
+    return max(backward, head)

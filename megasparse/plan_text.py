@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megasparse.config import Config, ConfigError, LoadedConfig, check_files
-from megasparse.plan import OVERHEAD, Plan, StageMemory, make_plan
+from megasparse.plan import Plan, StageMemory, make_plan
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -124,8 +124,8 @@ def _memory(cfg: Config, plan: Plan, gpu_memory: float | None) -> Table:
     row("gradients", stage.gradients, stage.gradients)
     row("optimizer", stage.optimizer, stage.optimizer)
     row("activations", stage.activations_dense, stage.activations_sparse)
-    row("largest temporaries", stage.workspace, stage.workspace)
-    row("CUDA, NCCL, slack", OVERHEAD, OVERHEAD)
+    row("largest temporaries", stage.temporaries_dense, stage.temporaries_sparse)
+    row("CUDA, NCCL, slack", stage.overhead, stage.overhead)
     row("in all", stage.total(False), stage.total(True), "bold")
     kept = (plan.mlp_saved_dense / MIB, plan.mlp_saved_sparse / MIB)
     table.add_row("of which one MLP, one micro-batch, MiB", f"{kept[0]:.1f}", f"{kept[1]:.1f}", style="dim")

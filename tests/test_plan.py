@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megasparse.plan import Plan, count_parameters, make_plan, parameters_on_sta
 from tests.launch import run_distributed
 from tests.test_config import CONFIGS
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {
     "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 192, "num_attention_heads": 4, "vocab_size": 1000},
     "data": {"sequence_length": 256},
@@ -172,3 +174,24 @@ def test_shipped_layouts_fit_their_gpus(path: Path) -> None:
     cfg: Config = load_config(path)
     world_size = {"quickstart": 1, "llama-70b": 64}.get(path.stem, 8)
     assert make_plan(cfg, world_size).worst(sparse=False).total(sparse=False) < 75 << 30
+
+
+MEASURED = json.loads((ROOT / "docs/benchmarks/layouts.json").read_text())
+DATA = ("data.blend=", "data.split=", "data.cache_dir=")
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("name", MEASURED["layouts"])
+def test_memory_is_within_a_tenth_of_what_was_measured(name: str, path: str) -> None:
+    """On H200s, by tools/compare_layouts.py: the GPU with the highest peak, all that was in use on it."""
+    layout = MEASURED["layouts"][name]
+    overrides = [item for item in [*MEASURED["set"], *layout["overrides"]] if not item.startswith(DATA)]
+    cfg = load_config(ROOT / "configs/paper-0.5b.yaml", overrides)
+    l0 = sum(layer["l0"] for layer in layout["layers"]) / len(layout["layers"])
+    stage = make_plan(cfg, layout["gpus"], l0).worst(sparse=path == "sparse")
+    measured = layout["variants"][path]["memory"]["measured"]
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(stage, part) == pytest.approx(measured[part], rel=0.01)
+    tensors = stage.total(path == "sparse") - stage.overhead
+    assert tensors == pytest.approx(measured["peak"], rel=0.1)
+    assert stage.total(path == "sparse") == pytest.approx(measured["device"], rel=0.1)

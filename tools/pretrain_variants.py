@@ -18,7 +18,7 @@ from megasparse.monitoring.energy import EnergyMeter
 from megasparse.monitoring.sparsity import LayerSparsity
 from megasparse.monitoring.step_memory import measure_step
 from megasparse.monitoring.throughput import Throughput
-from megasparse.plan import OVERHEAD, make_plan
+from megasparse.plan import make_plan
 from megasparse.training.data import StepLoader
 from megasparse.training.loop import Run, run_step
 from megasparse.training.schedule import LearningRate
@@ -190,8 +190,8 @@ def estimate(variant: Variant, l0: float) -> dict[str, int]:
         "gradients": stage.gradients,
         "optimizer": stage.optimizer,
         "activations": int(sparse * stage.activations_sparse + (1 - sparse) * stage.activations_dense),
-        "temporaries": stage.workspace,
-        "overhead": OVERHEAD,
+        "temporaries": stage.temporaries_sparse if sparse else stage.temporaries_dense,
+        "overhead": stage.overhead,
     }
 
 
