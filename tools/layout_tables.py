@@ -23,7 +23,7 @@ def write(record: dict[str, Any], prefix: Path) -> None:
 
 def pick(results: dict[str, Any]) -> dict[str, Any]:
     """Of the results.json of tools/benchmark_pretrain.py what is compared; what it has not reached is not there."""
-    keys = ("tokens_per_second", "memory", "metrics")
+    keys = ("tokens_per_second", "gpu_wait_share", "memory", "metrics")
     rows = {}
     for name in VARIANTS:
         found = results["variants"].get(name, {})
@@ -60,8 +60,8 @@ def tables(record: dict[str, Any]) -> str:
     ]
     second = [
         "| layout | communication, ms: dense | alone | sparse | alone | idle: dense | sparse "
-        "| peak, GiB: dense | sparse | estimate off by: dense | sparse |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| host waits: dense | sparse | peak, GiB: dense | sparse | estimate off by: dense | sparse |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, layout in record["layouts"].items():
         label = name if layout["finished"] else f"{name} (not finished)"
@@ -82,10 +82,12 @@ def tables(record: dict[str, Any]) -> str:
         )
         times = [layout["variants"][variant].get("breakdown") for variant in VARIANTS]
         memory = [layout["variants"][variant].get("memory") for variant in VARIANTS]
+        waits = [layout["variants"][variant].get("gpu_wait_share") for variant in VARIANTS]
         cells = []
         for each in times:
             cells += [f"{1000 * each['communication']:.1f}", f"{1000 * each['exposed']:.1f}"] if each else ["", ""]
         cells += [f"{each['idle'] / (each['busy'] + each['idle']):.1%}" if each else "" for each in times]
+        cells += [f"{each['median']:.1%}" if each else "" for each in waits]
         cells += [
             f"{each['measured']['peak'] / GIB:.2f}" if each and each["measured"]["peak"] else "" for each in memory
         ]
@@ -100,8 +102,9 @@ def tables(record: dict[str, Any]) -> str:
             *second,
             "",
             "Of one step, means over GPUs. *Communication*: at least one NCCL kernel ran, waiting for other ranks "
-            "included; *alone*: and nothing else did. *Idle*: nothing ran. Peak: allocated, on the GPU with the "
-            "highest; estimate: of `pretrain --dry-run`, without what no tensor holds.",
+            "included; *alone*: and nothing else did. *Idle*: nothing ran (profiled, which slows the host). *Host "
+            "waits*: for the first rank's GPU, not profiled; near zero, launching is what takes long. Peak: allocated, "
+            "on the GPU with the highest; estimate: of `pretrain --dry-run`, without what no tensor holds.",
             "",
         ]
     )

@@ -107,8 +107,10 @@ class Variant:
             mlp.router.path = self.paths[mlp.layer_index]
         SWITCHES.set(self.run.state.model, self.settings)
 
-    def step(self) -> float:
-        return run_step(self.run)[0].loss
+    def step(self) -> tuple[float, float]:
+        """Loss, and seconds in which the host waited for the GPU."""
+        result = run_step(self.run)[0]
+        return result.loss, result.gpu_wait_seconds
 
 
 def window(variant: Variant, steps: int, energy: EnergyMeter) -> None:
@@ -117,12 +119,13 @@ def window(variant: Variant, steps: int, energy: EnergyMeter) -> None:
     synchronize()
     energy.read()
     begun = time.perf_counter()
-    losses = [variant.step() for _ in range(steps)]
+    results = [variant.step() for _ in range(steps)]
     synchronize()
     seconds = time.perf_counter() - begun
     joules = energy.read()
     tokens = steps * variant.cfg.training.global_batch_size * variant.cfg.data.sequence_length
-    row = {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps, "loss": losses[0]}
+    row = {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps, "loss": results[0][0]}
+    row["gpu_wait_share"] = sum(waited for _, waited in results) / seconds
     if energy.available:
         row["joules_per_token"] = joules / tokens * dist.get_world_size()
     variant.windows.append(row)

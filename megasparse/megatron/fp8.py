@@ -24,11 +24,12 @@ def missing(recipe: Recipe) -> str | None:
     """Why this process cannot train with a recipe: a clause, or None where it can."""
     if not have_transformer_engine():
         return "needs Transformer Engine, which cannot be used here (not installed, not importable, or no GPU)"
-    from megatron.core.fp8_utils import FP8GlobalStateManager
+    from megatron.core import fp8_utils
 
-    available, reason = FP8GlobalStateManager.is_fp8_available()
+    manager = fp8_utils.FP8GlobalStateManager  # Transformer Engine's, from where this version of it has it
+    available, reason = manager.is_fp8_available()
     if available and recipe == "blockwise":
-        available, reason = FP8GlobalStateManager.is_fp8_block_scaling_available()
+        available, reason = manager.is_fp8_block_scaling_available()
     return None if available else f"Transformer Engine cannot do it here: {reason.rstrip('.')}"
 
 

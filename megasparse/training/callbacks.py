@@ -91,8 +91,9 @@ class Callback:
         clipping), `lr`, `l1/coeff` (mean over layers), `l1/layer_{i}/coeff`, `optim/skipped_steps` (total),
         `progress/tokens`, `progress/samples`, `perf/step_time_s` (wall clock, whole step), `perf/data_wait_s` (of it,
         waiting for the data loader on this rank), `perf/own_time_s` (of it, before waiting for other replicas, on this
-        rank), and, when rows were re-initialised in this step,
-        `dead_neurons/layer_{i}/reinitialised`. Callbacks may add to it for those that follow.
+        rank), `perf/gpu_wait_s` (of it, waiting for this rank's GPU after launching all), and, when rows were
+        re-initialised in this step, `dead_neurons/layer_{i}/reinitialised`. Callbacks may add to it for those that
+        follow.
         """
 
     def on_eval(self, state: TrainState, metrics: Metrics) -> None:

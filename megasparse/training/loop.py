@@ -214,6 +214,7 @@ def step_metrics(run: Run, result: StepResult, rate: float, seconds: float, rein
         "perf/step_time_s": seconds,
         "perf/data_wait_s": run.loader.wait_seconds,
         "perf/own_time_s": run.own_time.seconds(),
+        "perf/gpu_wait_s": result.gpu_wait_seconds,
     }
     metrics.update({f"l1/layer_{layer}/coeff": value for layer, value in enumerate(coefficients)})
     if reinitialised is not None:

@@ -8,6 +8,7 @@ and the L1 term, which the sparse MLPs add to the graph as sums too, keeps its w
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ class NotFiniteError(RuntimeError):
 
 
 class StepResult(NamedTuple):
-    """The same on every rank."""
+    """The same on every rank, but for the last."""
 
     loss: float
     """Mean cross entropy per counted token of the global batch, nats."""
@@ -46,6 +47,9 @@ class StepResult(NamedTuple):
     """Ranks (of the last pipeline stage) whose own loss was not finite."""
     stop: StopReason
     """Why to stop after this step, if at all."""
+    gpu_wait_seconds: float
+    """How long this rank's host, done with launching the backward, waited for its GPU. Near zero: the GPU waits for
+    the host."""
 
 
 def connect_schedule(cfg: Config, model: Sequence[torch.nn.Module], own_time: OwnTime) -> None:
@@ -175,10 +179,12 @@ def train_step(
     # The GPU is still in the backward: what follows is launched behind it, before the first number is waited for.
     row = start_reduction(reports, batches[0].tokens.device, stop)
     with record_function(OPTIMIZER):
+        launched = time.perf_counter()
         norm = clip_gradients(optimizer)
         losses = read_reduction(row)
+        waited = time.perf_counter() - launched
         loss = losses.total / losses.tokens if losses.tokens else 0.0
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             optimizer.step_with_ready_grads()
-    return StepResult(loss, losses.tokens, norm, finite, losses.not_finite_ranks, losses.stop)
+    return StepResult(loss, losses.tokens, norm, finite, losses.not_finite_ranks, losses.stop, waited)
