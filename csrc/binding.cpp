@@ -3,24 +3,56 @@
 
 #include "mlp.h"
 
+namespace {
+
+using at::Tensor;
+using megasparse::OptionalTensor;
+
+std::vector<Tensor> input_gradient(const Tensor& dy, const OptionalTensor& dl1, const OptionalTensor& x,
+                                   const Tensor& w_in, const Tensor& w_down, const OptionalTensor& token_mask,
+                                   const OptionalTensor& order, int64_t sequences, at::TensorList saved,
+                                   int64_t stream) {
+  return megasparse::mlp_input_gradient(dy, dl1, x, w_in, w_down, token_mask, order, sequences, saved.vec(), stream);
+}
+
+void input_gradient_again(const Tensor& dy, const OptionalTensor& dl1, const Tensor& x, const Tensor& w_in,
+                          const Tensor& w_down, const OptionalTensor& token_mask, const OptionalTensor& order,
+                          int64_t sequences, at::TensorList saved, const Tensor& dx, const Tensor& h, const Tensor& du,
+                          const OptionalTensor& dg, int64_t stream) {
+  megasparse::mlp_input_gradient_again(dy, dl1, x, w_in, w_down, token_mask, order, sequences, saved.vec(), dx, h, du,
+                                       dg, stream);
+}
+
+std::tuple<Tensor, Tensor> weight_gradients(const Tensor& dy, const Tensor& x, const Tensor& w_in, const Tensor& w_down,
+                                            const OptionalTensor& order, int64_t sequences, at::TensorList pattern,
+                                            at::TensorList values, const OptionalTensor& main_w_in,
+                                            const OptionalTensor& main_w_down, int64_t stream) {
+  return megasparse::mlp_weight_gradients(dy, x, w_in, w_down, order, sequences, pattern.vec(), values.vec(), main_w_in,
+                                          main_w_down, stream);
+}
+
+}  // namespace
+
 TORCH_LIBRARY(megasparse_kernels, library) {
   library.def(
       "forward(Tensor x, Tensor w_in, Tensor w_down, Tensor? token_mask, Tensor? order, int sequences, "
       "bool save, int capacity, int stream) -> Tensor[]");
   library.def(
-      "backward(Tensor dy, Tensor? dl1, Tensor x, Tensor w_in, Tensor w_down, Tensor? token_mask, Tensor? order, "
-      "int sequences, Tensor[] saved, Tensor(a!)? main_w_in, Tensor(b!)? main_w_down, int stream) "
-      "-> (Tensor, Tensor, Tensor)");
+      "input_gradient(Tensor dy, Tensor? dl1, Tensor? x, Tensor w_in, Tensor w_down, Tensor? token_mask, "
+      "Tensor? order, int sequences, Tensor[] saved, int stream) -> Tensor[]");
+  library.def(
+      "input_gradient_again(Tensor dy, Tensor? dl1, Tensor x, Tensor w_in, Tensor w_down, Tensor? token_mask, "
+      "Tensor? order, int sequences, Tensor[] saved, Tensor(a!) dx, Tensor(b!) h, Tensor(c!) du, Tensor(d!)? dg, "
+      "int stream) -> ()");
+  library.def(
+      "weight_gradients(Tensor dy, Tensor x, Tensor w_in, Tensor w_down, Tensor? order, int sequences, "
+      "Tensor[] pattern, Tensor[] values, Tensor(a!)? main_w_in, Tensor(b!)? main_w_down, int stream) "
+      "-> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(megasparse_kernels, CUDA, library) {
   library.impl("forward", megasparse::mlp_forward);
-  library.impl("backward", [](const at::Tensor& dy, const std::optional<at::Tensor>& dl1, const at::Tensor& x,
-                              const at::Tensor& w_in, const at::Tensor& w_down,
-                              const std::optional<at::Tensor>& token_mask, const std::optional<at::Tensor>& order,
-                              int64_t sequences, at::TensorList saved, const std::optional<at::Tensor>& main_w_in,
-                              const std::optional<at::Tensor>& main_w_down, int64_t stream) {
-    return megasparse::mlp_backward(dy, dl1, x, w_in, w_down, token_mask, order, sequences, saved.vec(), main_w_in,
-                                    main_w_down, stream);
-  });
+  library.impl("input_gradient", input_gradient);
+  library.impl("input_gradient_again", input_gradient_again);
+  library.impl("weight_gradients", weight_gradients);
 }

@@ -53,6 +53,7 @@ struct KernelParams {
   const int32_t* tile_order;
   int32_t* counter;
   __nv_bfloat16* out;
+  const int32_t* run_if;
   TokenRows token_rows;  // of out
   int64_t m;
   int64_t d;
@@ -88,6 +89,7 @@ struct Claim {
 };
 
 __global__ void __launch_bounds__(kThreads, 1) gather_down_kernel(const __grid_constant__ KernelParams p) {
+  if (p.run_if != nullptr && *p.run_if == 0) return;
   extern __shared__ uint8_t raw[];
   uint8_t* stages = raw + (1024 - (hopper::smem_addr(raw) & 1023)) % 1024;
   uint8_t* epilogue = stages + kStages * kStageBytes;
@@ -238,6 +240,7 @@ cudaError_t launch_gather_down(const GatherDownParams& p, void* workspace, cudaS
   k.block_ptr = p.block_ptr;
   k.tile_order = p.tile_order;
   k.out = static_cast<__nv_bfloat16*>(p.out);
+  k.run_if = p.run_if;
   k.token_rows = make_token_rows(p.m, p.sequences);
   k.m = p.m;
   k.d = p.d;

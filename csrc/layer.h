@@ -41,19 +41,20 @@ struct Layer {
   bool gated;
   int sm_count;
   cudaStream_t stream;
-  at::TensorOptions options;  // of x
-  const at::Tensor& x;
+  at::TensorOptions options;  // of the tokens
   const at::Tensor& w_in;
   const at::Tensor& w_down;
   const int32_t* order;
   const bool* token_mask;  // in the order of the tokens
 
-  Layer(const at::Tensor& x, const at::Tensor& w_in, const at::Tensor& w_down, const OptionalTensor& token_mask,
+  // tokens: x, or dy, which is like it.
+  Layer(const at::Tensor& tokens, const at::Tensor& w_in, const at::Tensor& w_down, const OptionalTensor& token_mask,
         const OptionalTensor& order, int64_t sequences, int64_t stream)
-      : m(x.size(0)), d(x.size(1)), h(w_down.size(0)), sequences(sequences), tiles((m + 127) / 128), words((h + 63) / 64),
-        gated(w_in.size(0) != h), stream(reinterpret_cast<cudaStream_t>(stream)), options(x.options()), x(x),
-        w_in(w_in), w_down(w_down), order(data_or_null<int32_t>(order)), token_mask(data_or_null<bool>(token_mask)) {
-    for (const at::Tensor* tensor : {&x, &w_in, &w_down}) {
+      : m(tokens.size(0)), d(tokens.size(1)), h(w_down.size(0)), sequences(sequences), tiles((m + 127) / 128),
+        words((h + 63) / 64), gated(w_in.size(0) != h), stream(reinterpret_cast<cudaStream_t>(stream)),
+        options(tokens.options()), w_in(w_in), w_down(w_down), order(data_or_null<int32_t>(order)),
+        token_mask(data_or_null<bool>(token_mask)) {
+    for (const at::Tensor* tensor : {&tokens, &w_in, &w_down}) {
       TORCH_CHECK(tensor->is_cuda() && tensor->scalar_type() == at::kBFloat16 && tensor->is_contiguous(),
                   "megasparse: the kernels take contiguous bf16 CUDA tensors");
     }
@@ -62,7 +63,8 @@ struct Layer {
                 " sequences of whole tiles of 128");
     TORCH_CHECK(!order.has_value() || order->is_contiguous(), "megasparse: order must be contiguous");
     TORCH_CHECK(!token_mask.has_value() || token_mask->is_contiguous(), "megasparse: token_mask must be contiguous");
-    check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, x.get_device()), "asking for the device");
+    check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, tokens.get_device()),
+          "asking for the device");
   }
 
   int64_t padded_tokens() const { return tiles * 128; }
@@ -81,11 +83,11 @@ struct PatternTensors {
 };
 
 // Relu gate product (W_up where there is no gate), packed in slots; into pattern.mask.
-inline void run_gate(const Layer& layer, uint64_t* mask, void* slots, const int32_t* run_if) {
+inline void run_gate(const Layer& layer, const at::Tensor& x, uint64_t* mask, void* slots, const int32_t* run_if) {
   const auto bytes = static_cast<int64_t>(gate_workspace_bytes(layer.h, layer.d, layer.order != nullptr));
   const at::Tensor workspace = layer.empty({bytes}, at::kByte);
   GateParams p{};
-  p.x = layer.x.data_ptr();
+  p.x = x.data_ptr();
   p.weight = layer.w_in.data_ptr();
   p.order = layer.order;
   p.workspace = bytes ? workspace.data_ptr() : nullptr;
@@ -144,9 +146,9 @@ inline ExpandParams expand_params(const Layer& layer, const PatternTensors& patt
   return p;
 }
 
-// out [M, D] = a0 (x) rows of w0 (+ a1 (x) rows of w1), (x) over the unions.
+// out [M, D] = a0 (x) rows of w0 (+ a1 (x) rows of w1), (x) over the unions. Untouched where *run_if is 0.
 inline void run_gather_down(const Layer& layer, const PatternTensors& pattern, const void* a0, const void* w0,
-                            const void* a1, const void* w1, const at::Tensor& out) {
+                            const void* a1, const void* w1, const at::Tensor& out, const int32_t* run_if) {
   const int32_t* info = data<int32_t>(pattern.tile_info);
   GatherDownParams p{};
   p.a0 = a0;
@@ -158,6 +160,7 @@ inline void run_gather_down(const Layer& layer, const PatternTensors& pattern, c
   p.block_ptr = info + kBlockPtr * (layer.tiles + 1);
   p.tile_order = info + kTileOrder * (layer.tiles + 1);
   p.out = out.data_ptr();
+  p.run_if = run_if;
   p.m = layer.m;
   p.sequences = layer.sequences;
   p.d = layer.d;

@@ -54,7 +54,7 @@ std::vector<at::Tensor> mlp_forward(const at::Tensor& x, const at::Tensor& w_in,
 
   at::Tensor mask = layer.empty({layer.padded_tokens(), layer.words}, at::kLong);
   at::Tensor slots = layer.worst_case();
-  run_gate(layer, data<uint64_t>(mask), slots.data_ptr(), nullptr);
+  run_gate(layer, x, data<uint64_t>(mask), slots.data_ptr(), nullptr);
   const PatternTensors pattern = make_lists(layer, mask, statistics);
 
   const int64_t blocks = layer.tiles * layer.words;
@@ -88,7 +88,7 @@ std::vector<at::Tensor> mlp_forward(const at::Tensor& x, const at::Tensor& w_in,
     partial_count = data<int32_t>(plan);
   }
   at::Tensor y = at::empty_like(x);
-  run_gather_down(layer, pattern, compact.data_ptr(), w_down.data_ptr(), nullptr, nullptr, y);
+  run_gather_down(layer, pattern, compact.data_ptr(), w_down.data_ptr(), nullptr, nullptr, y, nullptr);
   check(launch_sum(data<float>(l1_partial), partial_count, layer.gated ? kGatherNtPartials : 1,
                    data<float>(statistics.l1), layer.stream),
         "the L1 sum");

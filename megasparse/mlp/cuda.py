@@ -74,10 +74,12 @@ def note_dense(reason: str) -> None:
     _log.warning("The sparse MLP runs its dense path: %s.", reason)
 
 
-def register(forward: Any, backward: Any) -> None:
+def register(forward: Any, input_gradient: Any, input_gradient_again: Any, weight_gradients: Any) -> None:
     """Give the operators of `sparse.py` their CUDA implementation."""
     forward.register_kernel("cuda")(_forward)
-    backward.register_kernel("cuda")(_backward)
+    input_gradient.register_kernel("cuda")(_input_gradient)
+    input_gradient_again.register_kernel("cuda")(_input_gradient_again)
+    weight_gradients.register_kernel("cuda")(_weight_gradients)
 
 
 def _load() -> None:
@@ -105,8 +107,28 @@ def _forward(
         return torch.ops.megasparse_kernels.forward(x, w_in, w_down, mask, order, sequences, save, capacity, stream)
 
 
-def _backward(
-    dy: Tensor | None,
+def _input_gradient(
+    dy: Tensor,
+    dl1: Tensor | None,
+    x: Tensor | None,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    sequences: int,
+    saved: list[Tensor],
+) -> list[Tensor]:
+    _load()
+    with torch.cuda.device(dy.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        mask = None if token_mask is None else by_sequence(token_mask, sequences)
+        return torch.ops.megasparse_kernels.input_gradient(
+            dy, dl1, x, w_in, w_down, mask, order, sequences, saved, stream
+        )
+
+
+def _input_gradient_again(
+    dy: Tensor,
     dl1: Tensor | None,
     x: Tensor,
     w_in: Tensor,
@@ -115,14 +137,35 @@ def _backward(
     order: Tensor | None,
     sequences: int,
     saved: list[Tensor],
-    main_w_in: Tensor | None,
-    main_w_down: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dx: Tensor,
+    h: Tensor,
+    du: Tensor,
+    dg: Tensor | None,
+) -> None:
     _load()
-    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(dy.device):
         stream = torch.cuda.current_stream().cuda_stream
         mask = None if token_mask is None else by_sequence(token_mask, sequences)
-        return torch.ops.megasparse_kernels.backward(
-            dy, dl1, x, w_in, w_down, mask, order, sequences, saved, main_w_in, main_w_down, stream
+        torch.ops.megasparse_kernels.input_gradient_again(
+            dy, dl1, x, w_in, w_down, mask, order, sequences, saved, dx, h, du, dg, stream
+        )
+
+
+def _weight_gradients(
+    dy: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    order: Tensor | None,
+    sequences: int,
+    pattern: list[Tensor],
+    values: list[Tensor],
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _load()
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return torch.ops.megasparse_kernels.weight_gradients(
+            dy, x, w_in, w_down, order, sequences, pattern, values, main_w_in, main_w_down, stream
         )

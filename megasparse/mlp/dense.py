@@ -4,7 +4,8 @@
     a = x W_in^T      h = relu(a)                                              y = h W_down        (non-gated)
 
 Gate and up are one product in each direction. Saved for the backward: `a` (2 H or H numbers a token); the
-backward recomputes g and h from it in the pass that forms da. It is the reference of the kernels, what runs
+backward recomputes g and h from it in the pass that forms da. The gradients of the weights are an operator of
+their own, so that the gradient of the input can be sent meanwhile. It is the reference of the kernels, what runs
 where they cannot, and what runs where a layer is not sparse enough to pay.
 """
 
@@ -78,53 +79,46 @@ def fake_outputs(x: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return x.new_empty(x.shape), l1, counts, fired, x.new_empty(w_down.shape[0], dtype=torch.int32)
 
 
-@torch.library.custom_op("megasparse::mlp_dense_backward", mutates_args=("main_w_in", "main_w_down"))
-def dense_backward(
-    dy: Tensor | None,
-    dl1: Tensor | None,
-    x: Tensor,
-    w_in: Tensor,
-    w_down: Tensor,
-    token_mask: Tensor | None,
-    a: Tensor,
-    main_w_in: Tensor | None,
-    main_w_down: Tensor | None,
+@torch.library.custom_op("megasparse::mlp_dense_input_gradient", mutates_args=())
+def dense_input_gradient(
+    dy: Tensor, dl1: Tensor | None, w_in: Tensor, w_down: Tensor, token_mask: Tensor | None, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dx, dw_in, dw_down; given main gradients, adds to them and returns the latter two empty."""
-    hidden = w_down.shape[0]
-    if dy is None:
-        dy = torch.zeros_like(x)
-    dy = dy.contiguous()
-    dh = dy @ w_down.t()
-    h, da = elementwise.backward(a, hidden, dh, dl1, token_mask)
-    del dh
-    dw_down = weight_gradient(h, dy, main_w_down)
-    del h
-    return da @ w_in, weight_gradient(da, x, main_w_in), dw_down
+    """dy [M, D], a from the forward -> dx [M, D], then what the weight gradients need: h [M, H], da like a."""
+    h, da = elementwise.backward(a, w_down.shape[0], dy @ w_down.t(), dl1, token_mask)
+    return da @ w_in, h, da
 
 
-@dense_backward.register_fake
+@dense_input_gradient.register_fake
 def _(
-    dy: Tensor | None,
-    dl1: Tensor | None,
-    x: Tensor,
-    w_in: Tensor,
-    w_down: Tensor,
-    token_mask: Tensor | None,
-    a: Tensor,
-    main_w_in: Tensor | None,
-    main_w_down: Tensor | None,
+    dy: Tensor, dl1: Tensor | None, w_in: Tensor, w_down: Tensor, token_mask: Tensor | None, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(x, w_in, w_down, main_w_in, main_w_down)
+    return dy.new_empty(dy.shape), dy.new_empty(dy.shape[0], w_down.shape[0]), a.new_empty(a.shape)
 
 
-def fake_gradients(
-    x: Tensor, w_in: Tensor, w_down: Tensor, main_w_in: Tensor | None, main_w_down: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised dx, dw_in, dw_down: shapes and types that both paths return."""
+@torch.library.custom_op("megasparse::mlp_dense_weight_gradients", mutates_args=("main_w_in", "main_w_down"))
+def dense_weight_gradients(
+    dy: Tensor, x: Tensor, h: Tensor, da: Tensor, main_w_in: Tensor | None, main_w_down: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dw_in, dw_down; given main gradients, adds to them and returns both empty."""
+    return weight_gradient(da, x, main_w_in), weight_gradient(h, dy, main_w_down)
+
+
+@dense_weight_gradients.register_fake
+def _(
+    dy: Tensor, x: Tensor, h: Tensor, da: Tensor, main_w_in: Tensor | None, main_w_down: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    width = x.shape[1]
+    w_in, w_down = x.new_empty(da.shape[1], width), x.new_empty(h.shape[1], width)
+    return fake_weight_gradients(w_in, w_down, main_w_in, main_w_down)
+
+
+def fake_weight_gradients(
+    w_in: Tensor, w_down: Tensor, main_w_in: Tensor | None, main_w_down: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised dw_in, dw_down: shapes and types that both paths return."""
     dw_in = w_in.new_empty(w_in.shape) if main_w_in is None else w_in.new_empty(0)
     dw_down = w_down.new_empty(w_down.shape) if main_w_down is None else w_down.new_empty(0)
-    return x.new_empty(x.shape), dw_in, dw_down
+    return dw_in, dw_down
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -140,7 +134,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, w_in, w_down, token_mask, a = ctx.saved_tensors
     main_w_in, main_w_down = ctx.main_grads
-    dx, dw_in, dw_down = dense_backward(dy, dl1, x, w_in, w_down, token_mask, a, main_w_in, main_w_down)
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    dx, h, da = dense_input_gradient(dy, dl1, w_in, w_down, token_mask, a)
+    dw_in, dw_down = dense_weight_gradients(dy, x, h, da, main_w_in, main_w_down)
     added = main_w_in is not None
     return dx, None if added else dw_in, None if added else dw_down, None, None, None, None, None
 

@@ -1,6 +1,6 @@
 """The public function: one tensor-parallel rank's ReLU MLP, by dense products or by the sparse kernels."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,29 +54,67 @@ def sparse_mlp(
     Raises:
         ValueError: for shapes, types or devices that do not fit together.
     """
+    call = prepare(x, w_in, w_down, token_mask, sequences, path, order, capacity, main_grads)
+    save = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_down.requires_grad)
+    y, l1, counts, fired, tile_counts, *_ = run_forward(call, w_in, w_down, order, save, main_grads)
+    return MLPOutput(y.view(x.shape), l1, stats_of(counts, fired, tile_counts))
+
+
+class Call(NamedTuple):
+    """Arguments as the operators take them."""
+
+    tokens: Tensor
+    """x as [M, D], contiguous."""
+    token_mask: Tensor | None
+    sequences: int
+    path: Path
+    """"dense" also where the kernels do not apply."""
+    capacity: int
+
+
+def prepare(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    sequences: int,
+    path: Path,
+    order: Tensor | None,
+    capacity: int | None,
+    main_grads: MainGrads | None,
+) -> Call:
+    """Check the arguments of `sparse_mlp` and settle what they leave open."""
     _check(x, w_in, w_down, token_mask, sequences, path, order, main_grads)
     if capacity is not None and capacity < 0:
         raise ValueError(f"sparse_mlp: capacity is {capacity}; it must be 0 or more")
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    mask = None if token_mask is None else token_mask.reshape(-1)
-    sequences = tiled_sequences(tokens.shape[0], sequences)
-    save = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_down.requires_grad)
-    main_w_in, main_w_down = main_grads if main_grads is not None else (None, None)
     if path == "sparse" and (reason := unsupported_reason(tokens, w_in, w_down)) is not None:
         note_dense(reason)
         path = "dense"
-    if path == "sparse" and tokens.shape[0] > 0:
-        if capacity is None:
-            capacity = -(-tokens.shape[0] * w_down.shape[0] // 16)
-        y, l1, counts, fired, tile_counts, *_ = sparse_forward(
-            tokens, w_in, w_down, mask, order, sequences, save, capacity, main_w_in, main_w_down
-        )
-    else:
-        y, l1, counts, fired, tile_counts, *_ = dense_forward(
-            tokens, w_in, w_down, mask, sequences, save, main_w_in, main_w_down
-        )
-    stats = MLPStats(counts[0], counts[1], fired, counts[2], counts[3], tile_counts)
-    return MLPOutput(y.view(x.shape), l1, stats)
+    if tokens.shape[0] == 0:
+        path = "dense"
+    if capacity is None:
+        capacity = -(-tokens.shape[0] * w_down.shape[0] // 16)
+    mask = None if token_mask is None else token_mask.reshape(-1)
+    return Call(tokens, mask, tiled_sequences(tokens.shape[0], sequences), path, capacity)
+
+
+def run_forward(
+    call: Call, w_in: Tensor, w_down: Tensor, order: Tensor | None, save: bool, main_grads: MainGrads | None
+) -> list[Tensor]:
+    """y, l1, counts, fired, tile_counts, then what the path's backward needs (if `save`)."""
+    main_w_in, main_w_down = main_grads if main_grads is not None else (None, None)
+    if call.path == "sparse":
+        return sparse_forward(
+            call.tokens, w_in, w_down, call.token_mask, order, call.sequences, save, call.capacity, main_w_in,
+            main_w_down,
+        )  # fmt: skip
+    return list(dense_forward(call.tokens, w_in, w_down, call.token_mask, call.sequences, save, main_w_in, main_w_down))
+
+
+def stats_of(counts: Tensor, fired: Tensor, tile_counts: Tensor) -> MLPStats:
+    """The operators' statistics by name."""
+    return MLPStats(counts[0], counts[1], fired, counts[2], counts[3], tile_counts)
 
 
 def _check(

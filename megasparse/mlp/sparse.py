@@ -1,8 +1,9 @@
 """The MLP computing only what active neurons need, as torch operators.
 
 Forward: the gate product, packed (`twell.py`); then per 128-token tile the up and down products over the
-union of its tokens' active neurons. Backward: dh, dg, du and dx the same way; weight gradients per tile of
-64 neurons over the tokens that use any of them. Nothing is dropped and nothing approximated: zeros are
+union of its tokens' active neurons. Backward, in two operators, so that the gradient of the input can be sent
+while those of the weights are computed: dh, dg, du and dx the same way; weight gradients per tile of 64 neurons
+over the tokens that use any of them. Nothing is dropped and nothing approximated: zeros are
 skipped.
 
 Saved for the backward: the pattern, its lists and the packed g and u, in buffers of `capacity` non-zeros.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megasparse.mlp import cuda
-from megasparse.mlp.dense import fake_gradients, fake_outputs
+from megasparse.mlp.dense import fake_outputs, fake_weight_gradients
 from megasparse.mlp.dense_elementwise import statistics, sum_dtype
 from megasparse.mlp.token_order import by_position, by_sequence
 from megasparse.mlp.twell import (
@@ -152,39 +153,73 @@ def _(
     ]
 
 
-@torch.library.custom_op(
-    "megasparse::mlp_sparse_backward", mutates_args=("main_w_in", "main_w_down"), device_types="cpu"
-)
-def sparse_backward(
-    dy: Tensor | None,
+def _padded_entries(dy: Tensor, w_down: Tensor) -> int:
+    """Values that every entry of [M, H] there could be takes, padded to whole tiles."""
+    _, padded_tokens, _, padded_hidden = Sizes.of(dy.shape[0], w_down.shape[0])
+    return padded_tokens * padded_hidden
+
+
+def _overflowed(saved: list[Tensor]) -> bool:
+    """Whether there are more non-zeros than the forward saved."""
+    return int(Pattern(*saved[:3]).row_ptr[-1]) > saved[6].numel()
+
+
+@torch.library.custom_op("megasparse::mlp_sparse_input_gradient", mutates_args=(), device_types="cpu")
+def sparse_input_gradient(
+    dy: Tensor,
     dl1: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     w_in: Tensor,
     w_down: Tensor,
     token_mask: Tensor | None,
     order: Tensor | None,
     sequences: int,
     saved: list[Tensor],
-    main_w_in: Tensor | None,
-    main_w_down: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dx, dw_in, dw_down; given main gradients, adds to them and returns the latter two empty."""
-    hidden, tokens = w_down.shape[0], x.shape[0]
+) -> list[Tensor]:
+    """dy [M, D] -> dx [M, D], then what the weight gradients need: h, du and, where there is a gate, dg, packed in
+    buffers of Mp x Hp values.
+
+    `saved` is what the forward returned to be saved. x is read only where that holds fewer values than there are
+    non-zeros. Without x, nothing is computed then (all outputs are undefined): `sparse_input_gradient_again` does it.
+    """
+    packed = saved[6:]
+    if _overflowed(saved):
+        if x is None:
+            values = dy.new_full((_padded_entries(dy, w_down),), torch.nan)
+            gradients = 2 if w_in.shape[0] != w_down.shape[0] else 1
+            return [torch.full_like(dy, torch.nan), values, *(values.clone() for _ in range(gradients))]
+        packed = _packed_again(x, w_in, w_down, order, sequences)
+    return _input_gradient(dy, dl1, w_in, w_down, token_mask, order, sequences, saved, packed)
+
+
+def _packed_again(x: Tensor, w_in: Tensor, w_down: Tensor, order: Tensor | None, sequences: int) -> list[Tensor]:
+    hidden = w_down.shape[0]
+    return list(_gate_and_up(by_sequence(x, sequences), w_in, hidden, _natural(order, hidden))[2:])
+
+
+def _input_gradient(
+    dy: Tensor,
+    dl1: Tensor | None,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    sequences: int,
+    saved: list[Tensor],
+    packed: list[Tensor],
+) -> list[Tensor]:
+    hidden, tokens, entries = w_down.shape[0], dy.shape[0], _padded_entries(dy, w_down)
     gated = w_in.shape[0] != hidden
-    dy = torch.zeros_like(x) if dy is None else dy
-    x, dy = by_sequence(x, sequences), by_sequence(dy, sequences)
+    dy = by_sequence(dy, sequences)
     token_mask = None if token_mask is None else by_sequence(token_mask, sequences)
     natural = _natural(order, hidden)
     pattern, lists = Pattern(*saved[:3]), TileLists(*saved[3:6])
-    packed = saved[6:]
-    if int(pattern.row_ptr[-1]) > packed[0].numel():
-        packed = list(_gate_and_up(x, w_in, hidden, natural)[2:])
     g = unpack(packed[0], pattern, tokens, hidden)
     u = unpack(packed[1], pattern, tokens, hidden) if gated else None
     h = g if u is None else g * u
     active = words_to_bits(pattern.mask)[:tokens, :hidden]
 
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(dy)
     dg, du = torch.zeros_like(g), torch.zeros_like(g)
     for rows, positions, neurons in _tiles(lists, natural, tokens):
         dh = dy[rows] @ w_down[neurons].t()
@@ -196,32 +231,36 @@ def sparse_backward(
         dh = dh.masked_fill(~active[rows, positions], 0)
         gate_rows, up_rows = _split_rows(w_in, hidden, neurons)
         if u is None or up_rows is None:
-            dg[rows, positions] = dh
+            du[rows, positions] = dh
             dx[rows] = dh @ gate_rows
         else:
             dg[rows, positions], du[rows, positions] = dh * u[rows, positions], dh * g[rows, positions]
             dx[rows] = torch.cat([dg[rows, positions], du[rows, positions]], 1) @ torch.cat([gate_rows, up_rows])
-
-    dw_in = torch.zeros_like(w_in) if main_w_in is None else main_w_in
-    dw_down = torch.zeros_like(w_down) if main_w_down is None else main_w_down
-    for tile in range(pattern.mask.shape[1]):
-        users = pattern.mask[:tokens, tile].nonzero().squeeze(1)
-        columns = slice(tile * POSITION_TILE, min(hidden, (tile + 1) * POSITION_TILE))
-        neurons = natural[columns]
-        dw_in[neurons] += (dg[users, columns].t() @ x[users]).to(dw_in.dtype)
-        if gated:
-            dw_in[hidden + neurons] += (du[users, columns].t() @ x[users]).to(dw_in.dtype)
-        dw_down[neurons] += (h[users, columns].t() @ dy[users]).to(dw_down.dtype)
-    return (
-        by_position(dx, sequences),
-        dw_in if main_w_in is None else x.new_empty(0),
-        dw_down if main_w_down is None else x.new_empty(0),
-    )
+    values = [h, du, dg] if gated else [h, du]
+    return [by_position(dx, sequences), *(_fit(pack(value, pattern), entries) for value in values)]
 
 
-@sparse_backward.register_fake
+@sparse_input_gradient.register_fake
 def _(
-    dy: Tensor | None,
+    dy: Tensor,
+    dl1: Tensor | None,
+    x: Tensor | None,
+    w_in: Tensor,
+    w_down: Tensor,
+    token_mask: Tensor | None,
+    order: Tensor | None,
+    sequences: int,
+    saved: list[Tensor],
+) -> list[Tensor]:
+    values = 3 if w_in.shape[0] != w_down.shape[0] else 2
+    return [dy.new_empty(dy.shape), *(dy.new_empty(_padded_entries(dy, w_down)) for _ in range(values))]
+
+
+@torch.library.custom_op(
+    "megasparse::mlp_sparse_input_gradient_again", mutates_args=("dx", "h", "du", "dg"), device_types="cpu"
+)
+def sparse_input_gradient_again(
+    dy: Tensor,
     dl1: Tensor | None,
     x: Tensor,
     w_in: Tensor,
@@ -230,10 +269,75 @@ def _(
     order: Tensor | None,
     sequences: int,
     saved: list[Tensor],
+    dx: Tensor,
+    h: Tensor,
+    du: Tensor,
+    dg: Tensor | None,
+) -> None:
+    """Where `sparse_input_gradient` was called without x and has computed nothing, computes its outputs; elsewhere
+    leaves them as they are."""
+    if not _overflowed(saved):
+        return
+    packed = _packed_again(x, w_in, w_down, order, sequences)
+    results = _input_gradient(dy, dl1, w_in, w_down, token_mask, order, sequences, saved, packed)
+    for output, result in zip([dx, h, du, *([] if dg is None else [dg])], results, strict=True):
+        output.copy_(result)
+
+
+@torch.library.custom_op(
+    "megasparse::mlp_sparse_weight_gradients", mutates_args=("main_w_in", "main_w_down"), device_types="cpu"
+)
+def sparse_weight_gradients(
+    dy: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    order: Tensor | None,
+    sequences: int,
+    pattern: list[Tensor],
+    values: list[Tensor],
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(x, w_in, w_down, main_w_in, main_w_down)
+) -> tuple[Tensor, Tensor]:
+    """dw_in, dw_down; given main gradients, adds to them and returns both empty.
+
+    `pattern` is mask, offset, row_ptr as the forward returned them; `values` is what `sparse_input_gradient` returned
+    beside dx.
+    """
+    hidden, tokens = w_down.shape[0], x.shape[0]
+    x, dy = by_sequence(x, sequences), by_sequence(dy, sequences)
+    natural, where = _natural(order, hidden), Pattern(*pattern)
+    h, *by_product = (unpack(value, where, tokens, hidden) for value in values)
+    first_rows = (0,) if len(by_product) == 1 else (hidden, 0)  # of du's weight, of dg's
+    dw_in = torch.zeros_like(w_in) if main_w_in is None else main_w_in
+    dw_down = torch.zeros_like(w_down) if main_w_down is None else main_w_down
+    for tile in range(where.mask.shape[1]):
+        users = where.mask[:tokens, tile].nonzero().squeeze(1)
+        columns = slice(tile * POSITION_TILE, min(hidden, (tile + 1) * POSITION_TILE))
+        neurons = natural[columns]
+        for gradient, first_row in zip(by_product, first_rows, strict=True):
+            dw_in[first_row + neurons] += (gradient[users, columns].t() @ x[users]).to(dw_in.dtype)
+        dw_down[neurons] += (h[users, columns].t() @ dy[users]).to(dw_down.dtype)
+    return (
+        dw_in if main_w_in is None else x.new_empty(0),
+        dw_down if main_w_down is None else x.new_empty(0),
+    )
+
+
+@sparse_weight_gradients.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    order: Tensor | None,
+    sequences: int,
+    pattern: list[Tensor],
+    values: list[Tensor],
+    main_w_in: Tensor | None,
+    main_w_down: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return fake_weight_gradients(w_in, w_down, main_w_in, main_w_down)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -249,12 +353,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     x, w_in, w_down, token_mask, order, *saved = ctx.saved_tensors
     main_w_in, main_w_down = ctx.main_grads
-    dx, dw_in, dw_down = sparse_backward(
-        grads[0], grads[1], x, w_in, w_down, token_mask, order, ctx.sequences, saved, main_w_in, main_w_down
+    dy = torch.zeros_like(x) if grads[0] is None else grads[0].contiguous()
+    dx, *values = sparse_input_gradient(dy, grads[1], x, w_in, w_down, token_mask, order, ctx.sequences, saved)
+    dw_in, dw_down = sparse_weight_gradients(
+        dy, x, w_in, w_down, order, ctx.sequences, saved[:3], values, main_w_in, main_w_down
     )
     added = main_w_in is not None
     return dx, None if added else dw_in, None if added else dw_down, *(None,) * 7
 
 
 sparse_forward.register_autograd(_backward, setup_context=_setup_context)
-cuda.register(sparse_forward, sparse_backward)
+cuda.register(sparse_forward, sparse_input_gradient, sparse_input_gradient_again, sparse_weight_gradients)

@@ -28,18 +28,27 @@ def test_operators_pass_opcheck(gated: bool, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("path", ["dense", "sparse"])
-def test_backward_operators_pass_opcheck(path: str, accumulate: bool) -> None:
-    x, w_in, w_down = (tensor.detach() for tensor in leaves(tokens=256))
+def test_backward_operators_pass_opcheck(path: str, gated: bool, accumulate: bool) -> None:
+    x, w_in, w_down = (tensor.detach() for tensor in leaves(gated, tokens=256))
     main = (torch.zeros_like(w_in), torch.zeros_like(w_down)) if accumulate else (None, None)
     dy, dl1 = torch.randn_like(x), torch.tensor(0.5)
     ops = torch.ops.megasparse
     if path == "dense":
         saved = ops.mlp_dense_forward(x, w_in, w_down, None, 2, True, None, None)[-1]
-        opcheck(ops.mlp_dense_backward.default, (dy, dl1, x, w_in, w_down, None, saved, *main))
+        arguments = (dy, dl1, w_in, w_down, None, saved)
+        opcheck(ops.mlp_dense_input_gradient.default, arguments)
+        _, h, da = ops.mlp_dense_input_gradient(*arguments)
+        opcheck(ops.mlp_dense_weight_gradients.default, (dy, x, h, da, *main))
     else:
-        saved = ops.mlp_sparse_forward(x, w_in, w_down, None, None, 2, True, 900, None, None)[5:]
-        opcheck(ops.mlp_sparse_backward.default, (dy, dl1, x, w_in, w_down, None, None, 2, saved, *main))
+        saved = ops.mlp_sparse_forward(x, w_in, w_down, None, None, 2, True, 9, None, None)[5:]
+        arguments = (dy, dl1, x, w_in, w_down, None, None, 2, saved)
+        opcheck(ops.mlp_sparse_input_gradient.default, arguments)
+        dx, h, du, *dg = ops.mlp_sparse_input_gradient(*arguments)
+        again = (*arguments, dx, h, du, dg[0] if gated else None)
+        opcheck(ops.mlp_sparse_input_gradient_again.default, again)
+        opcheck(ops.mlp_sparse_weight_gradients.default, (dy, x, w_in, w_down, None, 2, saved[:3], [h, du, *dg], *main))
 
 
 def gradients(function, inputs: list[torch.Tensor], **options: object) -> list[torch.Tensor]:

@@ -23,6 +23,7 @@ struct GatherDownParams {
   const int32_t* block_ptr;    // [Mt + 1] exclusive scan of ceil(union / 64)
   const int32_t* tile_order;   // [Mt] token tiles, largest union first; Mt = ceil(M / 128)
   void* out;                   // bf16 [M, D]
+  const int32_t* run_if;       // device flag or null: `out` is left alone if *run_if == 0
   int64_t m;
   int64_t sequences = 1;       // of the M tokens, as everything here numbers them: where `out` has them, see csrc/token_rows.h
   int64_t d;                   // multiple of 8
