@@ -288,10 +288,9 @@ def _projection_input(cfg: Config) -> int:
 
 def _layer_everything(cfg: Config, mlp: int) -> int:
     """Bytes one layer saves without recomputation."""
-    # Two residual tensors and the outputs of the two norms; the MLP keeps its input gathered.
-    gathered = _tokens(cfg) * cfg.model.hidden_size * _element(cfg)
+    # Two residual tensors and the outputs of the two norms.
     dropout = 2 * _residual(cfg) // _element(cfg) if cfg.model.hidden_dropout else 0
-    return 2 * _residual(cfg) + _projection_input(cfg) + gathered + _attention_saved(cfg) + mlp + dropout
+    return 3 * _residual(cfg) + _projection_input(cfg) + _attention_saved(cfg) + mlp + dropout
 
 
 def _layer_saved(cfg: Config, mlp: int) -> float:
@@ -303,9 +302,8 @@ def _layer_saved(cfg: Config, mlp: int) -> float:
         share = (training.recompute_layers or chunk) / chunk
         return share * _residual(cfg) + (1 - share) * everything
     if training.recompute == "selective":
-        gathered = _tokens(cfg) * cfg.model.hidden_size * _element(cfg)
         if "mlp" in training.recompute_modules:
-            everything -= mlp + gathered - _residual(cfg)
+            everything -= mlp
         if "layernorm" in training.recompute_modules:
             # Transformer Engine fuses the norm before the attention into the projection, which keeps its output.
             everything -= (2 if cfg.model.implementation == "local" else 1) * _residual(cfg)
@@ -317,14 +315,15 @@ def _layer_saved(cfg: Config, mlp: int) -> float:
 def _temporaries(cfg: Config, last: bool, sparse: bool) -> int:
     """Largest temporaries, bytes.
 
-    One MLP's backward: its gradients by neuron and by token; the sparse path has buffers for the worst case, in which
-    every neuron fires (csrc/README.md). On the last stage the logits, which their gradient overwrites, with the
-    gradients of output layer and hidden states beside them.
+    One MLP's backward: its gradients by neuron and by token, and under sequence parallelism its input, gathered again;
+    the sparse path has buffers for the worst case, in which every neuron fires (csrc/README.md). On the last stage the
+    logits, which their gradient overwrites, with the gradients of output layer and hidden states beside them.
     """
     tokens, tensor, element = _tokens(cfg), cfg.parallel.tensor, _element(cfg)
     buffers = (6 if sparse else 3) if cfg.model.gated else (4 if sparse else 2)
     width, hidden = cfg.model.ffn_hidden_size // tensor, cfg.model.hidden_size
-    backward = tokens * (buffers * width + 2 * hidden) * element
+    by_token = 3 if cfg.parallel.sequence_parallel else 2
+    backward = tokens * (buffers * width + by_token * hidden) * element
     rows = cfg.padded_vocab_size() // tensor
     head = (tokens * (rows + hidden) + rows * hidden) * element if last else 0
     return max(backward, head)

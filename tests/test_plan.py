@@ -98,8 +98,7 @@ def test_activations_by_hand() -> None:
     tensor = memory(["parallel.tensor=2"], 2).worst(False)
     assert tensor.activations_dense == 4 * (4 * residual + attention // 2 + mlp // 2) + residual
     sequence = memory(["parallel.tensor=2", "parallel.sequence_parallel=true"], 2).worst(False)
-    gathered = residual  # the MLP's input
-    assert sequence.activations_dense == 4 * (3 * residual // 2 + gathered + attention // 2 + mlp // 2) + residual // 2
+    assert sequence.activations_dense == (4 * layer + residual) // 2
     context = memory(["parallel.context=2"], 2).worst(False)
     assert context.activations_dense == (4 * layer + residual) // 2
     first, second = memory(["parallel.pipeline=2"], 2).stages  # two layers each; two and one micro-batches in flight
@@ -192,6 +191,17 @@ def test_memory_is_within_a_tenth_of_what_was_measured(name: str, path: str) -> 
     measured = layout["variants"][path]["memory"]["measured"]
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(stage, part) == pytest.approx(measured[part], rel=0.01)
-    tensors = stage.total(path == "sparse") - stage.overhead
-    assert tensors == pytest.approx(measured["peak"], rel=0.1)
-    assert stage.total(path == "sparse") == pytest.approx(measured["device"], rel=0.1)
+    total = stage.total(path == "sparse") + _gathered_inputs(cfg, stage.stage, layout["gpus"])
+    assert total - stage.overhead == pytest.approx(measured["peak"], rel=0.1)
+    assert total == pytest.approx(measured["device"], rel=0.1)
+
+
+def _gathered_inputs(cfg: Config, stage: int, gpus: int) -> int:
+    """Bytes that the measured runs kept and the plan does not know: until then, each MLP kept its input gathered under
+    sequence parallelism, not its own part. To be dropped when the layouts are measured again."""
+    if not cfg.parallel.sequence_parallel:
+        return 0
+    layers = min(cfg.parallel.pipeline - stage, cfg.num_microbatches(gpus)) * cfg.model.num_layers
+    tokens = cfg.training.micro_batch_size * cfg.data.sequence_length
+    whole = tokens * cfg.model.hidden_size * 2
+    return layers // cfg.parallel.pipeline * (whole - whole // cfg.parallel.tensor)

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -27,7 +26,8 @@ from megasparse.megatron.autograd import AttachL1, FusedWeightGrad
 from megasparse.megatron.input_moments import InputMoments
 from megasparse.megatron.neuron_weight import DownWeight, InWeight
 from megasparse.megatron.stats import LayerStats
-from megasparse.mlp import LayerRouter, MainGrads, sparse_mlp
+from megasparse.megatron.tensor_parallel import tensor_parallel_mlp
+from megasparse.mlp import LayerRouter, MainGrads, MLPOutput, sparse_mlp
 
 Mode = Literal["auto", "dense", "sparse"]
 
@@ -130,15 +130,17 @@ class SparseMLP(MegatronModule):
         Returns:
             The output, shaped as the input, and no bias.
         """
+        x = hidden_states
         if self.sequence_parallel:
-            x = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
-        else:
-            x = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+            x = gather_from_sequence_parallel_region(hidden_states.detach(), group=self.tp_group)
         if self.input_moments is not None and self.training:
             self.input_moments.add(x)
         mask = self._token_mask(padding_mask if padding_mask is not None else self.fallback_mask(), x)
         w_in, w_down, main_grads = self._weights()
-        out = sparse_mlp(
+        compute: Callable[..., MLPOutput] = sparse_mlp
+        if self.tp_group.size() > 1:
+            compute = partial(tensor_parallel_mlp, hidden_states, group=self.tp_group)
+        out = compute(
             x,
             w_in,
             w_down,

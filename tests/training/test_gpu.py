@@ -104,3 +104,23 @@ def test_sparse_kernels_train_as_the_dense_path(tensor: int, text: Path, tmp_pat
     assert gap[:5].max() < 5e-3
     assert gap.mean() <= 2 * noise.mean() + 1e-3
     assert gap.max() <= 2 * noise.max() + 2e-3
+
+
+def test_two_gpus_train_as_one(text: Path, tmp_path: Path) -> None:
+    """Tensor and sequence parallelism, sparse, to within what rounding alone does (size of the micro-batches)."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    runs = {"one": (1, 8), "one-halves": (1, 4), "two": (2, 8)}
+    processes = {
+        name: start(text, tmp_path / name, tensor, "sparse", micro_batch)
+        for name, (tensor, micro_batch) in runs.items()
+    }
+    curves = {name: losses(process, tmp_path / name) for name, process in processes.items()}
+    noise = (curves["one-halves"] - curves["one"]).abs()
+    gap = (curves["two"] - curves["one"]).abs()
+    print(f"two GPUs against one: mean {gap.mean():.2e}, max {gap.max():.2e}; "
+          f"one against one: mean {noise.mean():.2e}, max {noise.max():.2e}")  # fmt: skip
+    assert curves["one"][-1] < curves["one"][0] - 1.0
+    assert gap[:5].max() < 5e-3
+    assert gap.mean() <= 2 * noise.mean() + 1e-3
+    assert gap.max() <= 2 * noise.max() + 2e-3

@@ -1,0 +1,111 @@
+"""The sparse MLP's input under tensor parallelism: communicated while something else is computed.
+
+As Megatron's column-parallel linear does it: the sum over ranks of the input's gradient (under sequence parallelism
+its reduce-scatter) runs beside the gradients of the weights. Under sequence parallelism a rank keeps its own part of
+the input only, and the backward gathers the whole again, beside the product of the input's gradient.
+
+On a GPU both run beside kernels because they are launched before them: the order of launches is that of execution where
+CUDA_DEVICE_MAX_CONNECTIONS is 1, as Megatron asks. `wait` makes the current stream wait, not the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasparse.mlp import MainGrads, MLPOutput, Path, sparse_mlp
+from megasparse.mlp.functional import prepare, run_forward, stats_of
+from megasparse.mlp.steps import BackwardCall, BackwardSteps
+
+
+def tensor_parallel_mlp(
+    part: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    *,
+    group: torch.distributed.ProcessGroup,
+    token_mask: Tensor | None,
+    sequences: int,
+    path: Path,
+    order: Tensor | None,
+    capacity: int | None,
+    main_grads: MainGrads | None,
+) -> MLPOutput:
+    """`sparse_mlp(x, ...)` whose gradient is summed over the group and arrives at `part`.
+
+    Args:
+        part: this rank's part of x along its first dimension (sequence parallelism); or all of x.
+        x: [s, b, D], the parts of all ranks one after the other, without autograd.
+        group: tensor-parallel ranks, which share x and have other neurons.
+
+    Returns:
+        As `sparse_mlp`, of this rank's neurons: y is yet to be summed over the group.
+    """
+    options = (token_mask, sequences, path, order, capacity, main_grads)
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (part, w_in, w_down)):
+        return sparse_mlp(
+            x, w_in, w_down, token_mask=token_mask, sequences=sequences, path=path, order=order, capacity=capacity,
+            main_grads=main_grads,
+        )  # fmt: skip
+    y, l1, *stats = _TensorParallelMLP.apply(part, x.detach(), w_in, w_down, group, *options)
+    return MLPOutput(y, l1, stats_of(*stats))
+
+
+class _TensorParallelMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        part: Tensor,
+        x: Tensor,
+        w_in: Tensor,
+        w_down: Tensor,
+        group: torch.distributed.ProcessGroup,
+        token_mask: Tensor | None,
+        sequences: int,
+        path: Path,
+        order: Tensor | None,
+        capacity: int | None,
+        main_grads: MainGrads | None,
+    ) -> tuple[Tensor, ...]:
+        call = prepare(x, w_in, w_down, token_mask, sequences, path, order, capacity, main_grads)
+        y, l1, *stats_and_saved = run_forward(call, w_in, w_down, order, True, main_grads)
+        stats, saved = stats_and_saved[:3], stats_and_saved[3:]
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        ctx.group, ctx.path, ctx.sequences = group, call.path, call.sequences
+        ctx.gathered = x.shape != part.shape
+        ctx.save_for_backward(part, w_in, w_down, call.token_mask, order, *saved)
+        # Not saved tensors: other micro-batches add to them between this forward and its backward.
+        ctx.main_grads = main_grads
+        return y.view(x.shape), l1, *stats
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        part, w_in, w_down, token_mask, order, *saved = ctx.saved_tensors
+        group, shape = ctx.group, list(part.shape)
+        gathering = None
+        if ctx.gathered:
+            x = part.new_empty([shape[0] * group.size(), *shape[1:]])
+            gathering = torch.distributed.all_gather_into_tensor(x, part.contiguous(), group=group, async_op=True)
+        else:
+            x = part.contiguous()
+        x_rows = x.view(-1, shape[-1])
+        dy = torch.zeros_like(x) if dy is None else dy
+        dy_rows = dy.reshape(x_rows.shape).contiguous()
+        call = BackwardCall(dy_rows, dl1, w_in, w_down, token_mask, order, ctx.sequences, ctx.path, saved)
+        steps = BackwardSteps(call)
+        if gathering is None:
+            dx = d_part = steps.input_gradient(x_rows)
+            reduction = torch.distributed.all_reduce(dx, group=group, async_op=True)
+        else:
+            dx = steps.input_gradient(None)
+            gathering.wait()
+            steps.complete_input_gradient(x_rows)
+            d_part = part.new_empty(shape)
+            reduction = torch.distributed.reduce_scatter_tensor(d_part, dx.view(x.shape), group=group, async_op=True)
+        dw_in, dw_down = steps.weight_gradients(x_rows, ctx.main_grads)
+        reduction.wait()
+        return d_part.view(shape), None, dw_in, dw_down, *(None,) * 7
