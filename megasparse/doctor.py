@@ -20,11 +20,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlparse
-
-if TYPE_CHECKING:
-    from megasparse.megatron.fp8 import Recipe
 
 Status = Literal["ok", "warn", "fail"]
 MEGATRON_VERSIONS = ((0, 16, 1), (0, 20))
@@ -210,10 +207,10 @@ def _transformer_engine() -> Iterator[Check]:
                     "Megatron-Core imports it and fails too",
                     "install the version for this PyTorch, or uninstall it")  # fmt: skip
         return
+    from megasparse.config import Fp8Recipe
     from megasparse.megatron.fp8 import missing
 
-    recipes: tuple[Recipe, ...] = ("delayed", "tensorwise", "blockwise")
-    usable = [recipe for recipe in recipes if missing(recipe) is None]
+    usable = [recipe for recipe in get_args(Fp8Recipe) if missing(recipe) is None]
     yield Check("Transformer Engine", "ok", f"{version}; training.fp8_recipe: {', '.join(usable) or 'none'}")
 
 

@@ -224,6 +224,9 @@ class DataConfig(Section):
         return tuple(dict.fromkeys(prefix for blend in blends if blend for _, prefix in blend))
 
 
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
+
+
 class TrainingConfig(Section):
     micro_batch_size: PositiveInt = 1
     """Sequences per rank and forward pass."""
@@ -236,7 +239,7 @@ class TrainingConfig(Section):
     fp8: Literal["off", "hybrid", "e4m3"] = "off"
     """Attention projections in 8 bits, by Transformer Engine; the sparse MLP and all the rest stay in bf16. hybrid:
     e4m3 forward, e5m2 for gradients; e4m3: for both."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    fp8_recipe: Fp8Recipe = "delayed"
     """How a tensor is scaled to 8 bits. delayed: by the largest value of the step before; tensorwise: by its own;
     blockwise: one scale for every 128 values of activations, every 128 x 128 of weights (CUDA 12.9 or newer)."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megasparse.config import Config, ConfigError, Problem
+from megasparse.config import Config, ConfigError, Fp8Recipe, Problem
 from megasparse.megatron.spec import have_transformer_engine
 
-Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
-
-def missing(recipe: Recipe) -> str | None:
+def missing(recipe: Fp8Recipe) -> str | None:
     """Why this process cannot train with a recipe: a clause, or None where it can."""
     if not have_transformer_engine():
         return "needs Transformer Engine, which cannot be used here (not installed, not importable, or no GPU)"

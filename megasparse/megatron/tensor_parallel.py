@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.mlp import MainGrads, MLPOutput, Path, sparse_mlp
-from megasparse.mlp.functional import prepare, run_forward, stats_of
+from megasparse.mlp import MainGrads, MLPOutput, Path
+from megasparse.mlp.functional import Call, prepare, run_forward, stats_of
 from megasparse.mlp.steps import BackwardCall, BackwardSteps
 
 
@@ -44,14 +44,12 @@ def tensor_parallel_mlp(
     Returns:
         As `sparse_mlp`, of this rank's neurons: y is yet to be summed over the group.
     """
-    options = (token_mask, sequences, path, order, capacity, main_grads)
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (part, w_in, w_down)):
-        return sparse_mlp(
-            x, w_in, w_down, token_mask=token_mask, sequences=sequences, path=path, order=order, capacity=capacity,
-            main_grads=main_grads,
-        )  # fmt: skip
-    y, l1, *stats = _TensorParallelMLP.apply(part, x.detach(), w_in, w_down, group, *options)
-    return MLPOutput(y, l1, stats_of(*stats))
+    call = prepare(x.detach(), w_in, w_down, token_mask, sequences, path, order, capacity, main_grads)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (part, w_in, w_down)):
+        y, l1, *stats = _TensorParallelMLP.apply(part, w_in, w_down, group, call, order, main_grads)
+    else:
+        y, l1, *stats = run_forward(call, w_in, w_down, order, False, main_grads)[:5]
+    return MLPOutput(y.view(x.shape), l1, stats_of(*stats))
 
 
 class _TensorParallelMLP(torch.autograd.Function):
@@ -59,28 +57,23 @@ class _TensorParallelMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         part: Tensor,
-        x: Tensor,
         w_in: Tensor,
         w_down: Tensor,
         group: torch.distributed.ProcessGroup,
-        token_mask: Tensor | None,
-        sequences: int,
-        path: Path,
+        call: Call,
         order: Tensor | None,
-        capacity: int | None,
         main_grads: MainGrads | None,
     ) -> tuple[Tensor, ...]:
-        call = prepare(x, w_in, w_down, token_mask, sequences, path, order, capacity, main_grads)
         y, l1, *stats_and_saved = run_forward(call, w_in, w_down, order, True, main_grads)
         stats, saved = stats_and_saved[:3], stats_and_saved[3:]
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         ctx.group, ctx.path, ctx.sequences = group, call.path, call.sequences
-        ctx.gathered = x.shape != part.shape
+        ctx.gathered = call.tokens.numel() != part.numel()
         ctx.save_for_backward(part, w_in, w_down, call.token_mask, order, *saved)
         # Not saved tensors: other micro-batches add to them between this forward and its backward.
         ctx.main_grads = main_grads
-        return y.view(x.shape), l1, *stats
+        return y, l1, *stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -108,4 +101,4 @@ class _TensorParallelMLP(torch.autograd.Function):
             reduction = torch.distributed.reduce_scatter_tensor(d_part, dx.view(x.shape), group=group, async_op=True)
         dw_in, dw_down = steps.weight_gradients(x_rows, ctx.main_grads)
         reduction.wait()
-        return d_part.view(shape), None, dw_in, dw_down, *(None,) * 7
+        return d_part.view(shape), dw_in, dw_down, *(None,) * 4

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.mlp.token_order import by_sequence
+from megasparse.mlp.token_order import mask_by_sequence
 
 _log = logging.getLogger("megasparse.mlp")
 
@@ -82,10 +82,14 @@ def register(forward: Any, input_gradient: Any, input_gradient_again: Any, weigh
     weight_gradients.register_kernel("cuda")(_weight_gradients)
 
 
-def _load() -> None:
+def _launch(kernels: str, device: torch.device, *arguments: Any) -> Any:
+    """Calls one of `csrc/binding.cpp`'s operators on the current stream of a device."""
     from megasparse.mlp import build
 
     build.load()
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return getattr(torch.ops.megasparse_kernels, kernels)(*arguments, stream)
 
 
 def _forward(
@@ -100,11 +104,8 @@ def _forward(
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
 ) -> list[Tensor]:
-    _load()
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        mask = None if token_mask is None else by_sequence(token_mask, sequences)
-        return torch.ops.megasparse_kernels.forward(x, w_in, w_down, mask, order, sequences, save, capacity, stream)
+    mask = mask_by_sequence(token_mask, sequences)
+    return _launch("forward", x.device, x, w_in, w_down, mask, order, sequences, save, capacity)
 
 
 def _input_gradient(
@@ -118,13 +119,8 @@ def _input_gradient(
     sequences: int,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    _load()
-    with torch.cuda.device(dy.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        mask = None if token_mask is None else by_sequence(token_mask, sequences)
-        return torch.ops.megasparse_kernels.input_gradient(
-            dy, dl1, x, w_in, w_down, mask, order, sequences, saved, stream
-        )
+    mask = mask_by_sequence(token_mask, sequences)
+    return _launch("input_gradient", dy.device, dy, dl1, x, w_in, w_down, mask, order, sequences, saved)
 
 
 def _input_gradient_again(
@@ -142,13 +138,9 @@ def _input_gradient_again(
     du: Tensor,
     dg: Tensor | None,
 ) -> None:
-    _load()
-    with torch.cuda.device(dy.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        mask = None if token_mask is None else by_sequence(token_mask, sequences)
-        torch.ops.megasparse_kernels.input_gradient_again(
-            dy, dl1, x, w_in, w_down, mask, order, sequences, saved, dx, h, du, dg, stream
-        )
+    mask = mask_by_sequence(token_mask, sequences)
+    outputs = (dx, h, du, dg)
+    _launch("input_gradient_again", dy.device, dy, dl1, x, w_in, w_down, mask, order, sequences, saved, *outputs)
 
 
 def _weight_gradients(
@@ -163,9 +155,5 @@ def _weight_gradients(
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _load()
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megasparse_kernels.weight_gradients(
-            dy, x, w_in, w_down, order, sequences, pattern, values, main_w_in, main_w_down, stream
-        )
+    main_grads = (main_w_in, main_w_down)
+    return _launch("weight_gradients", x.device, dy, x, w_in, w_down, order, sequences, pattern, values, *main_grads)

@@ -23,7 +23,7 @@ from torch import Tensor
 from megasparse.mlp import cuda
 from megasparse.mlp.dense import fake_outputs, fake_weight_gradients
 from megasparse.mlp.dense_elementwise import statistics, sum_dtype
-from megasparse.mlp.token_order import by_position, by_sequence
+from megasparse.mlp.token_order import by_position, by_sequence, mask_by_sequence
 from megasparse.mlp.twell import (
     POSITION_TILE,
     Pattern,
@@ -93,7 +93,7 @@ def sparse_forward(
     tiles as in `MLPStats`. The main gradients are not read: they only travel to the backward.
     """
     hidden = w_down.shape[0]
-    x, token_mask = by_sequence(x, sequences), None if token_mask is None else by_sequence(token_mask, sequences)
+    x, token_mask = by_sequence(x, sequences), mask_by_sequence(token_mask, sequences)
     positions_to_neurons = _natural(order, hidden)
     pattern, lists, g, u = _gate_and_up(x, w_in, hidden, positions_to_neurons)
     h = unpack(g * u if u.numel() else g, pattern, x.shape[0], hidden)
@@ -211,7 +211,7 @@ def _input_gradient(
     hidden, tokens, entries = w_down.shape[0], dy.shape[0], _padded_entries(dy, w_down)
     gated = w_in.shape[0] != hidden
     dy = by_sequence(dy, sequences)
-    token_mask = None if token_mask is None else by_sequence(token_mask, sequences)
+    token_mask = mask_by_sequence(token_mask, sequences)
     natural = _natural(order, hidden)
     pattern, lists = Pattern(*saved[:3]), TileLists(*saved[3:6])
     g = unpack(packed[0], pattern, tokens, hidden)

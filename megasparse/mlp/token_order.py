@@ -24,6 +24,11 @@ def by_sequence(rows: Tensor, sequences: int) -> Tensor:
     return rows.reshape(-1, sequences, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
+def mask_by_sequence(token_mask: Tensor | None, sequences: int) -> Tensor | None:
+    """`by_sequence` of a mask; None, that all tokens count, stays None."""
+    return None if token_mask is None else by_sequence(token_mask, sequences)
+
+
 def by_position(tokens: Tensor, sequences: int) -> Tensor:
     """The inverse of `by_sequence`."""
     return by_sequence(tokens, tokens.shape[0] // sequences) if sequences > 1 else tokens

@@ -86,12 +86,7 @@ def take_inputs(mlps: Sequence[Any]) -> list[torch.Tensor]:
     tables = [mlp.input_moments.table for mlp in mlps]
     for mlp in mlps:
         mlp.input_moments = None
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if not tables or group.size() == 1:
-        return tables
-    whole = torch.stack(tables)
-    dist.all_reduce(whole, group=group)
-    return list(whole)
+    return _over_replicas(tables, dist.ReduceOp.SUM)
 
 
 def lean(rows: torch.Tensor, std: float, mean: torch.Tensor, square: float, rate: float) -> torch.Tensor:
@@ -123,13 +118,19 @@ def lean(rows: torch.Tensor, std: float, mean: torch.Tensor, square: float, rate
 @torch.no_grad()
 def share_idle_steps(mlps: Sequence[Any]) -> None:
     """A neuron is idle only while it fires on no data- or context-parallel rank: takes the minimum over them."""
+    least = _over_replicas([mlp.recorder.steps_since_fired for mlp in mlps], dist.ReduceOp.MIN)
+    for mlp, steps in zip(mlps, least, strict=True):
+        mlp.recorder.steps_since_fired.copy_(steps)
+
+
+def _over_replicas(tensors: list[torch.Tensor], operation: dist.ReduceOp.RedOpType) -> list[torch.Tensor]:
+    """Tensors of one shape, each reduced over the ranks that hold the same neurons: in one collective."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if not mlps or group.size() == 1:
-        return
-    table = torch.stack([mlp.recorder.steps_since_fired for mlp in mlps])
-    dist.all_reduce(table, op=dist.ReduceOp.MIN, group=group)
-    for mlp, row in zip(mlps, table, strict=True):
-        mlp.recorder.steps_since_fired.copy_(row)
+    if not tensors or group.size() == 1:
+        return tensors
+    table = torch.stack(tensors)
+    dist.all_reduce(table, op=operation, group=group)
+    return list(table)
 
 
 def _replace_rows(optimizer: Any, weight: torch.nn.Parameter, neurons: torch.Tensor, rows: torch.Tensor) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from megasparse.megatron.fp8 import Recipe, missing
+from megasparse.config import Fp8Recipe
+from megasparse.megatron.fp8 import missing
 from tests.launch import run_distributed
 from tests.training.cases import configuration, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES: tuple[Recipe, ...] = ("delayed", "tensorwise", "blockwise")
+RECIPES: tuple[Fp8Recipe, ...] = ("delayed", "tensorwise", "blockwise")
 REASONS = {recipe: missing(recipe) for recipe in RECIPES}
 STEPS, SAVED = 10, 5
 ON = {recipe: ("training.fp8=hybrid", f"training.fp8_recipe={recipe}") for recipe in RECIPES}
@@ -40,7 +41,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASONS["delayed"] is not None, reason=f"fp8 {REASONS['delayed']}")]
 
 
-def skip_without(recipe: Recipe) -> None:
+def skip_without(recipe: Fp8Recipe) -> None:
     if REASONS[recipe] is not None:
         pytest.skip(f"{recipe} scaling {REASONS[recipe]}")
 
@@ -138,7 +139,7 @@ def report(name: str, other: str, bench: Bench) -> str:
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_mlp_is_bitwise_that_of_bf16(recipe: Recipe, path: str) -> None:
+def test_the_mlp_is_bitwise_that_of_bf16(recipe: Fp8Recipe, path: str) -> None:
     skip_without(recipe)
     (found,) = run_distributed(1, "tests.megatron.cases:mlp_inside_fp8", recipe, path)
     expected = found["outside"]
