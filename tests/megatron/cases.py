@@ -484,9 +484,9 @@ def no_micro_batches() -> None:
     tiny.forward_backward()
 
 
-def mlp_inside_fp8(recipe: str, path: str) -> dict[str, dict[str, torch.Tensor]]:
+def mlp_inside_fp8(recipe: str, path: str) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
     """On a GPU: output and gradients of one SparseMLP in bf16 outside and inside Transformer Engine's fp8 context, and
-    recomputed inside; and a projection of Transformer Engine's, which the context must change."""
+    recomputed inside; and a projection of Transformer Engine's, which the context must change. All as fp32."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, te_checkpoint
     from megatron.core.fp8_utils import get_fp8_context
 
@@ -506,7 +506,7 @@ def mlp_inside_fp8(recipe: str, path: str) -> dict[str, dict[str, torch.Tensor]]
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(256, 4, 256, generator=generator).to("cuda", torch.bfloat16)
 
-    def run(inside: bool, recomputed: bool) -> dict[str, torch.Tensor]:
+    def run(inside: bool, recomputed: bool) -> dict[str, np.ndarray[Any, Any]]:
         mlp.zero_grad()
         x = values.clone().requires_grad_()
         with get_fp8_context(config) if inside else contextlib.nullcontext():
@@ -517,12 +517,8 @@ def mlp_inside_fp8(recipe: str, path: str) -> dict[str, dict[str, torch.Tensor]]
                 output, _ = mlp(x)
             projected = linear(values)[0]
         output.float().square().sum().backward()
-        gradients = {name: parameter.grad.cpu() for name, parameter in mlp.named_parameters()}
-        return {
-            "output": output.detach().cpu(),
-            "input's gradient": x.grad.cpu(),
-            **gradients,
-            "projection": projected.detach().cpu(),
-        }
+        gradients = {name: parameter.grad for name, parameter in mlp.named_parameters()}
+        tensors = {"output": output, "input's gradient": x.grad, **gradients, "projection": projected}
+        return {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
 
     return {"outside": run(False, False), "inside": run(True, False), "recomputed": run(True, True)}
