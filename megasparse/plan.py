@@ -15,9 +15,9 @@ from megasparse.config import Config
 OVERHEAD = 3 << 30
 """Bytes of a GPU that no tensor of ours holds: CUDA context, libraries, what the allocator keeps. One H200 with
 Transformer Engine: 2.8 to 3.3 GiB (tools/benchmark_pretrain.py)."""
-COMMUNICATORS = 6 << 30
-"""Bytes more where there are other ranks: NCCL's buffers, one set a process group, and a second communication stream's
-share of the allocator. Two and four H200s, TP, SP, PP, CP, DP: 5.3 to 7.0 GiB (docs/benchmarks/layouts.json)."""
+COMMUNICATORS = 5 << 29
+"""Bytes more where there are other ranks: NCCL's buffers, one set for each process group that is used. Two H200s, TP 2,
+five groups: 2.5 GiB. (Were all of Megatron's groups set up at once: 7.1 GiB; training/distributed.py.)"""
 ASSUMED_DENSITY = 0.02
 """Share of active neurons assumed for `l1.mode: constant`, where the config names no target."""
 

@@ -155,6 +155,14 @@ def test_the_papers_recipe() -> None:
         assert (optimizer.schedule.kind, optimizer.schedule.warmup_steps, cfg.training.steps) == ("cosine", 600, 30000)
         assert cfg.training.global_batch_size * cfg.data.sequence_length == 512 * 2048
         assert (cfg.sparsity.l1.mode, cfg.sparsity.l1.coeff) == ("constant", 2e-5)
+        steered = by_name[f"paper-{size}b-target"]
+        assert (steered.sparsity.l1.mode, steered.sparsity.l1.target_l0, steered.sparsity.reinit.every) == (
+            "target",
+            24,
+            50,
+        )
+        for section in Config.model_fields.keys() - {"run", "sparsity"}:
+            assert getattr(steered, section) == getattr(cfg, section)
 
 
 def test_l1_can_be_turned_off_from_outside(tmp_path: Path) -> None:
