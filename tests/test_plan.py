@@ -175,6 +175,27 @@ def test_shipped_layouts_fit_their_gpus(path: Path) -> None:
     assert make_plan(cfg, world_size).worst(sparse=False).total(sparse=False) < 75 << 30
 
 
+def rows_of(document: str) -> list[list[str]]:
+    """Of the layout table in a Markdown file: cells of the rows that begin with a number of GPUs."""
+    lines = (ROOT / document).read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if row[0].isdigit()]
+
+
+def test_the_documented_layouts_are_what_a_dry_run_says() -> None:
+    rows = rows_of("docs/cluster.md")
+    assert len(rows) > 3
+    for gpus, overrides, layout, micro_batches, bubble, dense, sparse in rows:
+        keys = [] if overrides == "none" else overrides.strip("`").split()
+        cfg = load_config(ROOT / "configs/llama-70b.yaml", [f"parallel.{key}" for key in keys])
+        plan, parallel = make_plan(cfg, int(gpus)), cfg.parallel
+        assert layout == f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {plan.data_parallel}"
+        assert int(micro_batches) == plan.micro_batches
+        assert bubble == (f"{plan.bubble:.1%}".replace("%", " %") if plan.bubble else "none")
+        for text, path in ((dense, False), (sparse, True)):
+            assert text == f"{plan.worst(sparse=path).total(sparse=path) / 2**30:.2f}"
+
+
 MEASURED = json.loads((ROOT / "docs/benchmarks/layouts.json").read_text())
 DATA = ("data.blend=", "data.split=", "data.cache_dir=")
 
