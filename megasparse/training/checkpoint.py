@@ -55,6 +55,7 @@ from megasparse.training.checkpoint_files import (
     remove_leftovers,
 )
 from megasparse.training.dead_neurons import share_idle_steps
+from megasparse.training.optimizer import gather_parameters
 from megasparse.training.signals import signals_wait
 
 log = logging.getLogger("megasparse")
@@ -107,6 +108,7 @@ class Checkpointer:
             extra: plain values to save beside it, the same on every rank.
         """
         self.finish()
+        gather_parameters(state.model)
         partial_path = Path(_on_first_rank(partial(partial_directory, self._root, state.step)))
         sharded = self._content(state, loading=False)
         sharded["run"] = self._run_content(state, extra)

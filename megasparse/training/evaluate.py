@@ -21,6 +21,7 @@ from megasparse.training.data import StepLoader
 from megasparse.training.datasets import build_datasets, validation_samples
 from megasparse.training.distributed import initialize, read_environment, shut_down
 from megasparse.training.layer_stats import LayerCounter
+from megasparse.training.optimizer import gather_parameters
 from megasparse.training.step import read_reduction, run_schedule, start_reduction
 
 
@@ -58,9 +59,7 @@ def _evaluating(model: Sequence[torch.nn.Module], mlps: Sequence[Any], device: t
     """Evaluation mode, with recorders of its own, so that training statistics stay those of training; those of fp8
     too."""
     recorders = [mlp.recorder for mlp in mlps]
-    gathers = [chunk for chunk in model if getattr(chunk, "remove_forward_pre_hook_handles", None)]
-    for chunk in gathers:  # parameters whose all-gather waits for the next training step are needed now
-        chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+    gather_parameters(model)
     for chunk in model:
         chunk.eval()
     for mlp in mlps:
@@ -73,8 +72,6 @@ def _evaluating(model: Sequence[torch.nn.Module], mlps: Sequence[Any], device: t
             mlp.recorder = recorder
         for chunk in model:
             chunk.train()
-        for chunk in gathers:
-            chunk.enable_forward_pre_hook()  # type: ignore[operator]
 
 
 def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:

@@ -39,6 +39,16 @@ def wrap_in_ddp(cfg: Config, chunks: Sequence[torch.nn.Module]) -> list[torch.nn
     ]
 
 
+def gather_parameters(model: Sequence[torch.nn.Module]) -> None:
+    """Gives every rank the whole of the parameters. Collective.
+
+    With `overlap_param_gather` a rank has updated its own share alone until the next forward pass of the training.
+    """
+    for chunk in model:
+        if getattr(chunk, "use_forward_hook", False):
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
 def build_optimizer(cfg: Config, model: Sequence[torch.nn.Module]) -> Any:
     """Megatron's optimizer over the DDP-wrapped chunks. Collective: all ranks call it together."""
     section = cfg.optimizer

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megasparse.hf.source import open_checkpoint
 from megasparse.training.checkpoint_files import examine, find_checkpoints, read_latest
 from tests.training.cases import configuration
 from tests.training.forked import Helper
@@ -155,6 +157,25 @@ def test_two_ranks_killed_go_on_bitwise(tmp_path: Path, data_folder: Path, helpe
         newest = int(result["records"][rank]["resumed_from"][-8:])
         assert newest in (4, 8)  # that of step 8 may or may not have been finished in the background
         assert_continues(straight["records"][rank], result["records"][rank], newest + 1)
+
+
+def test_weights_are_saved_whole_whose_all_gather_overlaps_the_next_step(
+    tmp_path: Path, data_folder: Path, helper: Helper
+) -> None:
+    """After an update a rank of the distributed optimizer holds the new weights of its own share alone."""
+    saved = []
+    for overlap in (False, True):
+        parallel = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": overlap}
+        run = configuration(
+            tmp_path / f"overlap-{overlap}", str(data_folder / "a"), parallel=parallel, checkpoint={"interval": 5},
+            training={"steps": 6, "precision": "bf16"},
+        )  # fmt: skip
+        result = helper.run(run, world=2)
+        assert result["exit"] == [0, 0], result["output"]
+        source = open_checkpoint(tmp_path / f"overlap-{overlap}" / "checkpoints" / "step_00000005")
+        saved.append({weight.where: source.reader.read(weight) for weight in source.weights})
+    for name, weight in saved[0].items():
+        assert torch.equal(saved[1][name], weight), name
 
 
 RESHARDED: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
