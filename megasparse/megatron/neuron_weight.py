@@ -56,6 +56,11 @@ class NeuronWeight(MegatronModule):
         self.weight.allreduce = True  # type: ignore[attr-defined]
         self._register_load_state_dict_pre_hook(_default_extra_state)
 
+    def forward(self) -> torch.Tensor:
+        """The weight. To be called for it: a hook before it waits, where Megatron's `overlap_param_gather` is on, until
+        all of the weight is there."""
+        return self.weight
+
     def get_extra_state(self) -> None:
         """Nothing; Megatron's linear layers save it too, so the checkpoints have the same keys."""
         return None

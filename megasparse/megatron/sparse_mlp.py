@@ -164,7 +164,7 @@ class SparseMLP(MegatronModule):
 
     def _weights(self) -> tuple[Tensor, Tensor, MainGrads | None]:
         """The weights as the operation takes them, and where it may add their gradients."""
-        w_in, w_down = self.linear_fc1.weight, self.linear_fc2.weight
+        w_in, w_down = self.linear_fc1(), self.linear_fc2()
         if not (torch.is_grad_enabled() and _fusable(w_in) and _fusable(w_down)):
             return w_in, w_down, None
         grads = MainGrads(w_in.main_grad, w_down.main_grad)  # type: ignore[attr-defined]

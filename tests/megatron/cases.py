@@ -109,6 +109,7 @@ class Model:
         coeff: float | list[float] = 0.0,
         per_token: bool = True,
         overlap: bool = False,
+        gather: bool = False,
         loss_scale: float = 1.0,
         pass_mask: bool = True,
     ) -> None:
@@ -125,7 +126,9 @@ class Model:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=overlap,
+            overlap_param_gather=gather,
             use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+            bucket_size=1 if gather else None,  # every parameter has a bucket of its own, as large ones do
         )
         self.ddp = [
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
@@ -278,6 +281,7 @@ def _optimizer(tiny: Model) -> Any:
         optimizer="adam", lr=1e-2, adam_beta1=0.9, adam_beta2=0.95, clip_grad=1.0, weight_decay=0.1,
         adam_eps=1e-5,  # or Adam's first steps turn the rounding of gradients near zero into whole steps
         use_distributed_optimizer=tiny.cfg.parallel.distributed_optimizer,
+        overlap_param_gather=tiny.ddp[0].ddp_config.overlap_param_gather,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(config, tiny.ddp)
     prepare_torch_adam(optimizer)

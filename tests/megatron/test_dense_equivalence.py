@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.launch import run_distributed
 from tests.megatron.helpers import assert_close, run_gradients
 
 
@@ -45,3 +46,16 @@ def test_gradients_overlapped_with_their_reduction() -> None:
     _, gradients = run_gradients("dp2", {"coeff": 1e-2, "overlap": True})
     _, expected = run_gradients("one", {"coeff": 1e-2})
     assert_close(gradients, expected, 2e-5)
+
+
+def test_parameters_gathered_beside_the_forward_pass() -> None:
+    """The distributed optimizer leaves it to each module's forward to wait for the weights of that module."""
+    trained = [
+        run_distributed(
+            2, "tests.megatron.cases:train", {"parallel__distributed_optimizer": True}, {"overlap": True, **model},
+            [0, 1, 2],
+        )[0]
+        for model in ({}, {"gather": True})
+    ]  # fmt: skip
+    for plain, gathered in zip(trained[0][:2], trained[1][:2], strict=True):  # losses, gradient norms
+        assert gathered == pytest.approx(plain, rel=1e-6)
