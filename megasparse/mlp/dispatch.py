@@ -78,9 +78,9 @@ class LayerRouter:
         self.path: Literal["dense", "sparse"] = "sparse" if mode == "sparse" else "dense"
         self.order: Tensor | None = None
         self.l0_bound: float | None = None
-        device = torch.device(device)
-        self._can_change = mode == "auto" and device.type == "cuda"
-        if self._can_change and (reason := device_reason(device, dtype, width, hidden)) is not None:
+        self._device = torch.device(device)
+        self._can_change = mode == "auto" and self._device.type == "cuda"
+        if self._can_change and (reason := device_reason(self._device, dtype, width, hidden)) is not None:
             note_dense(reason)
             self._can_change = False
 
@@ -137,4 +137,5 @@ class LayerRouter:
             self.path = state["path"]
         self.l0_bound = state["l0_bound"]
         order = state["order"]
-        self.order = order if order is not None and order.shape == (self.hidden,) else None
+        same = order is not None and order.shape == (self.hidden,)
+        self.order = order.to(self._device) if same else None

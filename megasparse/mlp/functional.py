@@ -146,6 +146,9 @@ def _check(
             raise ValueError(
                 f"sparse_mlp: x is {x.dtype} on {x.device} but {name} is {tensor.dtype} on {tensor.device}"
             )
+    for name, extra in (("token_mask", token_mask), ("order", order)):
+        if extra is not None and extra.device != x.device:
+            raise ValueError(f"sparse_mlp: x is on {x.device} but {name} is on {extra.device}")
     if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]):
         raise ValueError(
             f"sparse_mlp: token_mask must be bool {tuple(x.shape[:-1])}; got {token_mask.dtype} "

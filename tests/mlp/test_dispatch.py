@@ -92,13 +92,23 @@ def test_not_a_number_changes_nothing(router: LayerRouter) -> None:
 
 def test_state_continues_elsewhere(router: LayerRouter) -> None:
     router.update(20.0, 0.1, torch.arange(512), tokens=TOKENS)
+    state = router.state_dict()
     other = LayerRouter("auto", HIDDEN, WIDTH, device="cuda")
-    other.load_state_dict(router.state_dict())
+    other.load_state_dict({**state, "order": None})
     assert (other.path, other.capacity(10)) == (router.path, router.capacity(10))
+    other = LayerRouter("sparse", HIDDEN, WIDTH)
+    other.load_state_dict(state)
     assert torch.equal(other.order, router.order)
     resharded = LayerRouter("auto", 256, 64, device="cuda")
-    resharded.load_state_dict(router.state_dict())
+    resharded.load_state_dict(state)
     assert resharded.order is None
+
+
+def test_order_is_loaded_to_where_the_layer_computes(router: LayerRouter) -> None:
+    router.update(20.0, 0.1, torch.arange(512), tokens=TOKENS)
+    other = LayerRouter("sparse", HIDDEN, WIDTH, device="meta")
+    other.load_state_dict(router.state_dict())
+    assert other.order.device.type == "meta"
 
 
 @pytest.mark.parametrize(("mode", "path"), [("auto", "dense"), ("dense", "dense"), ("sparse", "sparse")])

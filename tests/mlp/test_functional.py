@@ -128,6 +128,8 @@ def test_nothing_is_saved_without_grad() -> None:
         ({"w_in": torch.zeros(20)}, "two-dimensional"),
         ({"w_down": torch.zeros(10, 8, dtype=torch.bfloat16)}, "w_down is torch.bfloat16"),
         ({"token_mask": torch.ones(4)}, r"token_mask must be bool \(4,\)"),
+        ({"token_mask": torch.ones(4, dtype=torch.bool, device="meta")}, "x is on cpu but token_mask is on meta"),
+        ({"order": torch.zeros(3, dtype=torch.int32, device="meta")}, "x is on cpu but order is on meta"),
         ({"token_mask": torch.ones(5, dtype=torch.bool)}, r"token_mask must be bool \(4,\); got torch.bool \(5,\)"),
         ({"order": torch.arange(10)}, "int32 permutation of 10 neurons; got torch.int64"),
         ({"path": "fast"}, "path is 'fast'"),
