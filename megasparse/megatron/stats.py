@@ -60,6 +60,11 @@ class LayerStats:
         self._fired_this_step.zero_()
 
     @torch.no_grad()
+    def forget_step(self) -> None:
+        """Instead of `end_step` where activations may have been infinite: `steps_since_fired` stays as it is."""
+        self._fired_this_step.zero_()
+
+    @torch.no_grad()
     def revive(self, neurons: Tensor) -> None:
         """Start `steps_since_fired` anew where `neurons` (bool [H / tp]) says so, after re-initialising them."""
         self.steps_since_fired.masked_fill_(neurons, 0)

@@ -44,7 +44,7 @@ class LayerSparsity(NamedTuple):
 
 
 class SparsityMeter:
-    """Measures one step: `begin` before it, `table` after it. The recorders are only read."""
+    """Measures one step: `begin` before it, `table` after it."""
 
     def __init__(self, mlps: Sequence[SparseMLP], num_layers: int, width: int) -> None:
         """`mlps`: this rank's. `num_layers`, `width` (neurons of a layer): of the whole model."""
@@ -57,6 +57,8 @@ class SparsityMeter:
 
     def begin(self) -> None:
         """Note the sums so far; what `table` returns counts from here."""
+        for mlp in self._mlps:
+            mlp.recorder.l1.nan_to_num_(0.0, 0.0, 0.0)  # one step that was not finite would leave it so for ever
         self._before = self._sums()
 
     def table(self, window: int) -> Tensor:

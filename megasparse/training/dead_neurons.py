@@ -84,9 +84,14 @@ def watch_inputs(mlps: Sequence[Any]) -> None:
 def take_inputs(mlps: Sequence[Any]) -> list[torch.Tensor]:
     """`InputMoments.table` of each layer, over all tokens of the job. Collective."""
     tables = [mlp.input_moments.table for mlp in mlps]
+    forget_inputs(mlps)
+    return _over_replicas(tables, dist.ReduceOp.SUM)
+
+
+def forget_inputs(mlps: Sequence[Any]) -> None:
+    """Ends `watch_inputs`, where it was called."""
     for mlp in mlps:
         mlp.input_moments = None
-    return _over_replicas(tables, dist.ReduceOp.SUM)
 
 
 def lean(rows: torch.Tensor, std: float, mean: torch.Tensor, square: float, rate: float) -> torch.Tensor:

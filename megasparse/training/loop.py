@@ -23,7 +23,7 @@ from megasparse.training.checkpoint import Checkpointer
 from megasparse.training.checkpoint_files import CheckpointError
 from megasparse.training.data import DataChangedError, StepLoader, check_probes, data_probes
 from megasparse.training.datasets import Datasets, build_datasets
-from megasparse.training.dead_neurons import reinit_is_due, reinitialise, watch_inputs
+from megasparse.training.dead_neurons import forget_inputs, reinit_is_due, reinitialise, watch_inputs
 from megasparse.training.distributed import Launch, initialize, read_environment, shut_down
 from megasparse.training.evaluate import run_validation
 from megasparse.training.heartbeat import Heartbeat
@@ -69,7 +69,11 @@ class Run:
 
 
 def train(run: Run) -> StopReason:
-    """Runs the steps that are left. Returns why it ended early, or NONE."""
+    """Runs the steps that are left. Returns why it ended early, or NONE.
+
+    Raises:
+        NotFiniteError: on all ranks, after too many steps without an update.
+    """
     cfg, state = run.cfg, run.state
     reason = StopReason.NONE
     run.callbacks.on_start(state)
@@ -79,18 +83,17 @@ def train(run: Run) -> StopReason:
         run.callbacks.on_step_end(state, metrics)
         reason = result.stop
         last = state.step == cfg.training.steps
+        end = last or reason != StopReason.NONE
         if is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE:
             run.heartbeat.at(state.step, "validation")
             validate(run)
-        if is_due(cfg.checkpoint.interval, state.step, last or reason != StopReason.NONE):
+        # While steps are skipped the weights may be what is broken: they must not push out checkpoints from before.
+        if is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0):
             run.heartbeat.at(state.step, "checkpoint")
             save(run)
         run.checkpointer.poll()
-    run.checkpointer.close()
-    run.loader.close()
     if reason != StopReason.NONE:
         state.exit_reason = f"{reason.name} after step {state.step}"
-    run.callbacks.on_end(state)
     return reason
 
 
@@ -149,9 +152,14 @@ def finish_step(run: Run, result: StepResult) -> list[int] | None:
     state.consumed_samples += cfg.training.global_batch_size
     state.consumed_tokens += cfg.training.global_batch_size * cfg.data.sequence_length
     count_skipped(run, result)
+    counts = run.counter.take()
+    if not result.updated:  # activations may have been infinite: what was counted in them must move nothing
+        for mlp in state.mlps:
+            mlp.recorder.forget_step()
+        forget_inputs(state.mlps)
+        return None
     for mlp in state.mlps:
         mlp.recorder.end_step()
-    counts = run.counter.take()
     if counts is not None:
         state.l1.update(state.step, counts.l0)
         if routes_after(cfg, state.step):
@@ -256,17 +264,22 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     first = launch.rank == 0
     with StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None) as stop:
         run = start(cfg, launch, device, stop, callbacks)
-        try:
-            with run.heartbeat:
+        with run.heartbeat:
+            try:
                 reason = train(run)
-            code, text = (EXIT_DONE, "done") if reason == StopReason.NONE else (EXIT_REQUEUE, reason.name)
-        except NotFiniteError as error:
-            code, text = EXIT_NOT_FINITE, str(error)
-            if first:
-                log.error(text)
-        if first:
+                code, text = (EXIT_DONE, "done") if reason == StopReason.NONE else (EXIT_REQUEUE, reason.name)
+            except NotFiniteError as error:
+                code, text = EXIT_NOT_FINITE, str(error)
+                run.state.exit_reason = text
+                if first:
+                    log.error(text)
+            run.heartbeat.at(run.state.step, "checkpoint")
+            run.checkpointer.close()
+        run.loader.close()
+        if first:  # before observers end: they may take long, and the time left may be short
             write_exit_file(cfg.run_directory, code, text, run.state.step)
             stop.clear_stop_file()
+        run.callbacks.on_end(run.state)
     shut_down()
     return code
 

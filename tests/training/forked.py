@@ -66,7 +66,8 @@ def _act(actions: dict[str, Any], rank: int, recorder: Any, configuration: dict[
     kill_after: SIGKILL this process after that step. kill_in_save_of: SIGKILL it while the checkpoint of that step is
     being written, `kill_delay` seconds after its files appear. signal_at: {"step", "rank", "number"}, sent to the
     rank's process, or with "group" to all its child processes too. stop_file_at: makes the stop file after that step.
-    bad_gradient_at: a gradient is not a number in that step. broken_from: a weight is infinite from that step on.
+    bad_gradient_at: a gradient is not a number in that step. bad_input_at: what enters an MLP is not. broken_from: a
+    weight is infinite from that step on.
     """
     from megasparse.training.callbacks import Callback
 
@@ -77,6 +78,8 @@ def _act(actions: dict[str, Any], rank: int, recorder: Any, configuration: dict[
                 self.hook = weight.register_hook(lambda gradient: gradient * float("nan"))
             elif hasattr(self, "hook"):
                 self.hook.remove()
+            if state.step + 1 == actions.get("bad_input_at"):
+                self.hook = state.mlps[0].register_forward_pre_hook(lambda mlp, x: (x[0] * float("nan"), *x[1:]))
             if state.step + 1 == actions.get("broken_from"):
                 weight.data.fill_(float("inf"))
 

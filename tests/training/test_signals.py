@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megasparse.monitoring.record import read_records
 from megasparse.training.checkpoint_files import find_checkpoints, read_latest
 from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE
 from tests.training.cases import configuration
@@ -95,3 +96,27 @@ def test_steps_that_are_not_finite_are_skipped_then_given_up(tmp_path: Path, dat
     assert "loss not finite on ranks [0, 1]" in result["output"]
     assert "in a row without an update: giving up" in result["output"]
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == EXIT_NOT_FINITE
+    assert [found.step for found in find_checkpoints(tmp_path / "run" / "checkpoints")] == [4, 2]
+    assert all(record["digest"] for record in result["records"]), "observers end their files"
+
+
+def test_one_step_with_infinite_activations_leaves_no_trace(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    """Where every neuron seems to fire, and where dead ones were to get rows that depend on the layer's inputs."""
+    run = case(tmp_path, data_folder, interval=5)
+    run["training"]["steps"] = 12
+    run["sparsity"] = {
+        "l1": {"mode": "target", "target_l0": 8, "coeff": 1e-3},
+        "reinit": {"every": 5, "until_fraction": 1.0},
+        "dead_window_steps": 8,
+    }
+    run["logging"] |= {"jsonl": True, "interval": 1}
+    result = helper.run(run, bad_input_at=5, monitor=True)
+    assert result["exit"] == [0], result["output"]
+    [record] = result["records"]
+    assert record["steps"]["12"]["optim/skipped_steps"] == 1
+    assert record["steps"]["6"]["l1/layer_0/coeff"] == record["steps"]["5"]["l1/layer_0/coeff"]
+    assert record["steps"]["10"]["dead_neurons/layer_0/reinitialised"] >= 2
+    assert record["saved"] == ["step_00000010", "step_00000012"]
+    records = {record.step: record.metrics for record in read_records(tmp_path / "run" / "metrics.jsonl")}
+    assert records[5]["sparsity/layer_3/l1"] is None
+    assert records[6]["sparsity/layer_3/l1"] > 0
