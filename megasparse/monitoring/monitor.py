@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -82,6 +83,7 @@ class Monitor:
         self._directory = cfg.logging_directory
         self._console: ConsoleSink | None = None
         self._sinks: list[Sink] = []
+        self._failing: list[Sink] = []
         if state.is_writer:
             self._open_sinks(state, world_size)
         if cfg.logging.wandb.mode != "disabled":
@@ -234,7 +236,8 @@ class Monitor:
 
     def on_end(self, state: TrainState) -> None:
         for sink in self._sinks:
-            sink.close()
+            with self._kept_going(sink):
+                sink.close()
         if state.is_writer and state.cfg.logging.report and state.cfg.logging.jsonl:
             try:
                 path = write_report(self._directory)
@@ -244,4 +247,18 @@ class Monitor:
 
     def _write(self, record: Record) -> None:
         for sink in self._sinks:
-            sink.write(record)
+            with self._kept_going(sink):
+                sink.write(record)
+
+    @contextmanager
+    def _kept_going(self, sink: Sink) -> Iterator[None]:
+        """A full disk, or W&B's process gone: the run goes on. Says so once, until the sink works again."""
+        try:
+            yield
+        except OSError as error:
+            if sink not in self._failing:
+                logger.warning("%s: metrics are being lost (%s); the run goes on", type(sink).__name__, error)
+                self._failing.append(sink)
+        else:
+            if sink in self._failing:
+                self._failing.remove(sink)

@@ -10,6 +10,7 @@ from megasparse.monitoring.environment import read_json
 from megasparse.monitoring.record import Record, read_records
 from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink
 from megasparse.monitoring.sinks.wandb import STATE_FILE, WandbSink, step_offset
+from tests.launch import free_port
 from tests.monitoring.wandb_file import OfflineRun, offline_runs
 
 
@@ -131,6 +132,46 @@ def test_without_a_login_the_run_goes_on_offline_with_a_warning(
     sink = session(tmp_path, 1, 2, mode="online")
     assert "the run goes on offline" in caplog.text
     assert OfflineRun(offline_runs(tmp_path)[0]).id == sink.run_id
+
+
+def run_apart(script: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose W&B client reads the environment and may be broken."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", "from tests.monitoring.test_wandb import *\n" + script, str(directory)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=root, timeout=120, check=False, capture_output=True, text=True, env=env)
+
+
+def test_without_an_answer_from_the_server_the_run_goes_on_offline(tmp_path: Path) -> None:
+    result = run_apart(
+        "session(Path(sys.argv[1]), 1, 2, mode='online')",
+        tmp_path,
+        WANDB_BASE_URL=f"http://127.0.0.1:{free_port()}",
+        WANDB_API_KEY="x" * 40,
+        WANDB_INIT_TIMEOUT="2",
+    )
+    assert "the run goes on offline" in result.stderr
+    assert result.returncode == 0, result.stderr
+    assert len(OfflineRun(offline_runs(tmp_path)[0]).history) == 2
+
+
+def test_a_run_outlives_the_process_of_wandb(tmp_path: Path) -> None:
+    """The kernel may choose it when memory is short; every later call to W&B fails then."""
+    script = (
+        "import logging, types, psutil; from megasparse.monitoring.monitor import Monitor\n"
+        "logging.basicConfig(); monitor = Monitor(); monitor._failing = []; folder = Path(sys.argv[1])\n"
+        "monitor._sinks = [WandbSink(folder, mode='offline', project='p'), JsonlSink(folder)]\n"
+        "children = psutil.Process().children(recursive=True)\n"
+        "for child in children: child.kill()\n"
+        "psutil.wait_procs(children)\n"
+        "for step in range(1, 6): monitor._write(record(step))\n"
+        "monitor.on_end(types.SimpleNamespace(is_writer=False))\n"
+        "print('went on')\n"
+    )
+    result = run_apart(script, tmp_path)
+    assert "went on" in result.stdout, result.stderr
+    assert result.stderr.count("WandbSink: metrics are being lost") == 1
+    assert [line.step for line in read_records(tmp_path / FILE_NAME)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ class WandbSink:
                 "Check `wandb login` and the network, and upload later with `wandb sync`.",
                 error,
             )
+            wandb.teardown()  # its service process takes the run's id for one that is in use
             return None
         finally:
             client.setLevel(level)
@@ -132,6 +133,7 @@ class WandbSink:
         return run
 
     def write(self, record: Record) -> None:
+        """Raises OSError where W&B's own process is gone; W&B sees nothing more of this start then."""
         self._log(record)
         self._last_step = record.step
         self._save_state()
