@@ -52,7 +52,7 @@ from study_tables import tables
 from megasparse.config import Config, ConfigError, Problem, check_files, load_config
 from megasparse.monitoring.environment import read_json
 from megasparse.monitoring.report import ReportError
-from megasparse.training.checkpoint_files import find_checkpoints
+from megasparse.training.checkpoint_files import list_checkpoints
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -147,7 +147,7 @@ def jobs_of(run: StudyRun, arguments: argparse.Namespace, known: Known) -> list[
         run.name, 1, [sys.executable, "-m", "megasparse", "pretrain", arguments.config, *overrides], run.folder
     )
     # A record that came from another machine has no checkpoint to look into.
-    if not arguments.mlp or (training.done and not find_checkpoints(cfg.checkpoint_directory)):
+    if not arguments.mlp or (training.done and not list_checkpoints(cfg.checkpoint_directory)):
         return [training]
     tokens = cfg.training.micro_batch_size * cfg.data.sequence_length
     command = [

@@ -45,7 +45,6 @@ from megasparse.training.checkpoint_content import (
 from megasparse.training.checkpoint_files import (
     CheckpointError,
     DamagedError,
-    Found,
     checksum,
     examine,
     find_checkpoints,
@@ -53,6 +52,7 @@ from megasparse.training.checkpoint_files import (
     prune,
     publish,
     remove_leftovers,
+    resolve,
 )
 from megasparse.training.dead_neurons import share_idle_steps
 from megasparse.training.optimizer import gather_parameters
@@ -171,9 +171,9 @@ class Checkpointer:
         Raises:
             CheckpointError: there are checkpoints, but none can be loaded, or they are of another model.
         """
-        found: list[Found] = _on_first_rank(lambda: find_checkpoints(self._root))
+        found = find_checkpoints(self._root)  # rank 0's, which looks at one after the other
         problems = []
-        for item in found:
+        while (item := _on_first_rank(lambda: next(found, None))) is not None:
             problem = item.problem
             if problem is None:
                 try:
@@ -193,6 +193,14 @@ class Checkpointer:
                 + "\nRestore one of them, or start anew with another run.name or checkpoint.directory."
             )
         return None
+
+    def locate(self, path: Path) -> Path:
+        """`checkpoint_files.resolve`, by rank 0 for all.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint there.
+        """
+        return Path(_on_first_rank(partial(resolve, path)))
 
     def load(self, path: Path, state: TrainState) -> dict[str, Any]:
         """Loads everything from a checkpoint into `state`. Returns the `extra` it was saved with."""
@@ -299,13 +307,13 @@ def _start_helper() -> None:
 
 
 def _check_content(path: Path) -> None:
-    """Compares all files with their checksums, each rank its share of them. Collective.
+    """Compares all files with their sizes and checksums, each rank its share of them. Collective.
 
     Raises:
         DamagedError: on every rank.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    problem = examine(path, content=lambda index: index % size == rank)
+    problem = examine(path, share=lambda index: index % size == rank, content=True)
     problems: list[str | None] = [None] * size
     dist.all_gather_object(problems, problem)
     for text in problems:

@@ -19,7 +19,7 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +64,17 @@ def seal(directory: Path, step: int, checksums: dict[str, int] | None = None) ->
         directory: what was written.
         step: of the checkpoint.
         checksums: CRC-32 of files by name, where they are known; those of the rest are computed here.
+
+    Raises:
+        CheckpointError: a file with a known checksum is not there: this machine does not see what another wrote.
     """
     known = checksums or {}
+    missing = [name for name in known if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} of {len(known)} files that ranks have written to it, {min(missing)} for "
+            "one: checkpoint.directory must be on storage that all nodes share"
+        )
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = str(path.relative_to(directory))
@@ -114,13 +123,13 @@ def checksum(file: Path) -> int:
     return value
 
 
-def examine(path: Path, content: Callable[[int], bool] = lambda index: False) -> str | None:
+def examine(path: Path, share: Callable[[int], bool] = lambda index: True, content: bool = False) -> str | None:
     """What is wrong with a checkpoint directory, or None.
 
     Args:
         path: the checkpoint.
-        content: which files, by their number, are read and compared with their checksum; by default only the sizes of
-            all files are looked at.
+        share: which files, by their number, are looked at.
+        content: whether they are read and compared with their checksum too; else their sizes alone count.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -130,27 +139,34 @@ def examine(path: Path, content: Callable[[int], bool] = lambda index: False) ->
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     for index, (name, (size, crc)) in enumerate(files.items()):
+        if not share(index):
+            continue
         try:
             actual = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
-        if content(index) and checksum(path / name) != crc:
+        if content and checksum(path / name) != crc:
             return f"the content of {name} has changed since it was written (its CRC-32 differs)"
     return None
 
 
-def find_checkpoints(root: Path) -> list[Found]:
-    """All checkpoints under `root`, newest step first, damaged ones too."""
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """Step and path of all checkpoints under `root`, newest step first, damaged ones too. Looks into none."""
     if not root.is_dir():
         return []
-    found = []
-    for path in root.iterdir():
-        match = _NAME.match(path.name)
-        if match and path.is_dir():
-            found.append(Found(path, int(match.group(1)), examine(path)))
-    return sorted(found, key=lambda item: item.step, reverse=True)
+    matches = ((_NAME.match(path.name), path) for path in root.iterdir())
+    return sorted(((int(match.group(1)), path) for match, path in matches if match and path.is_dir()), reverse=True)
+
+
+def find_checkpoints(root: Path) -> Iterator[Found]:
+    """All checkpoints under `root`, newest step first, damaged ones too.
+
+    Each is looked at only when its turn comes: a run may keep hundreds, each with a file or two of every rank.
+    """
+    for step, path in list_checkpoints(root):
+        yield Found(path, step, examine(path))
 
 
 def resolve(path: Path) -> Path:
@@ -165,9 +181,9 @@ def resolve(path: Path) -> Path:
             raise DamagedError(f"{path} is not a complete checkpoint: {problem}")
         return path
     for root in (path, path / "checkpoints"):
-        complete = [found for found in find_checkpoints(root) if found.problem is None]
-        if complete:
-            return complete[0].path
+        for found in find_checkpoints(root):
+            if found.problem is None:
+                return found.path
     raise CheckpointError(f"{path}: no complete checkpoint there; give a checkpoint, its folder, or a run directory")
 
 
@@ -177,13 +193,13 @@ def prune(root: Path, keep_last: int, keep_every: int | None) -> list[Path]:
     Returns:
         what was removed. Damaged directories are left for the user to look at.
     """
-    complete = [found for found in find_checkpoints(root) if found.problem is None]
-    removed = []
-    for found in complete[max(1, keep_last) :]:
-        if keep_every and found.step % keep_every == 0:
-            continue
-        _remove(found.path)
-        removed.append(found.path)
+    kept, removed = 0, []
+    for step, path in list_checkpoints(root):
+        if kept < max(1, keep_last):
+            kept += examine(path) is None
+        elif not (keep_every and step % keep_every == 0) and examine(path) is None:
+            _remove(path)
+            removed.append(path)
     return removed
 
 

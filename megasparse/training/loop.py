@@ -349,13 +349,13 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
     """
     section = cfg.checkpoint
     root = cfg.checkpoint_directory
-    found = checkpoint_files.find_checkpoints(root)
+    found = checkpoint_files.list_checkpoints(root)
     if section.resume == "never" and found:
         raise ConfigError(
             [
                 Problem(
                     "checkpoint.resume",
-                    f"never, but {root} holds checkpoints (the newest of step {found[0].step})",
+                    f"never, but {root} holds checkpoints (the newest of step {found[0][0]})",
                     "choose another run.name or checkpoint.directory, or resume: auto",
                 )
             ]
@@ -366,7 +366,7 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
             [Problem("checkpoint.resume", f"must, but there is no checkpoint in {root}", "start with resume: auto")]
         )
     if extra is None and section.load is not None:
-        path = checkpoint_files.resolve(Path(section.load))
+        path = checkpointer.locate(Path(section.load))
         if section.load_scope == "weights":
             checkpointer.load_weights(path, state.model, state.optimizer)
         else:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megasparse.training import checkpoint_files
 from megasparse.training.checkpoint_files import (
     CheckpointError,
     DamagedError,
     examine,
     find_checkpoints,
+    list_checkpoints,
     partial_directory,
     prune,
     publish,
@@ -38,17 +41,17 @@ def test_publish_then_find(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*partial*"))
     again = write(tmp_path, 20, "other weights")  # replaces what is there under the same name
     assert (again / "shard.distcp").read_text() == "other weights"
-    assert len(find_checkpoints(tmp_path)) == 2
+    assert len(list_checkpoints(tmp_path)) == 2
 
 
 def test_examine_names_what_is_wrong(tmp_path: Path) -> None:
     path = write(tmp_path, 10)
     shard = path / "shard.distcp"
-    everything = lambda index: True  # noqa: E731
-    assert examine(path, everything) is None
+    assert examine(path, content=True) is None
     shard.write_text("WEIGHTS")
     assert examine(path) is None
-    assert "content of shard.distcp has changed" in str(examine(path, everything))
+    assert "content of shard.distcp has changed" in str(examine(path, content=True))
+    assert examine(path, share=lambda index: index != 0, content=True) is None
     shard.write_text("weight")
     assert examine(path) == "shard.distcp has 6 bytes instead of 7"
     shard.unlink()
@@ -57,6 +60,33 @@ def test_examine_names_what_is_wrong(tmp_path: Path) -> None:
     assert "manifest.json cannot be read" in str(examine(path))
     (path / "manifest.json").unlink()
     assert examine(path) == "it has no manifest.json"
+
+
+def test_what_another_node_wrote_must_be_there(tmp_path: Path) -> None:
+    """On storage of each node's own, the first node has a part of the checkpoint only, and must not call it one."""
+    partial = partial_directory(tmp_path, 10)
+    (partial / "__0_0.distcp").write_text("weights")
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 2 files .* __1_0\.distcp .* storage that all nodes share"):
+        publish(partial, 10, {"__0_0.distcp": 1, "__1_0.distcp": 2})
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_checkpoints_that_stay_for_ever_are_not_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks wait for it, and at hundreds of ranks each has hundreds of files."""
+    for step in range(10, 210, 10):
+        write(tmp_path, step)
+    looked: list[str] = []
+
+    def spy(path: Path, *arguments: Any, **options: Any) -> str | None:
+        looked.append(path.name)
+        return examine(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint_files, "examine", spy)
+    assert prune(tmp_path, keep_last=2, keep_every=10) == []
+    assert resolve(tmp_path).name == "step_00000200"
+    assert looked == ["step_00000200", "step_00000190", "step_00000200"]
 
 
 def test_prune_counts_complete_checkpoints_only(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_killed_twice_then_goes_on_bitwise(
     result = helper.run(run, kill_in_save_of=8, kill_delay=0.01)
     assert result["exit"] == [SIGKILL]
     assert "resumed from" in result["output"] or asynchronous
-    newest = find_checkpoints(root)[0]
+    newest = next(find_checkpoints(root))
     assert newest.problem is None
     result = helper.run(run)
     assert result["exit"] == [0], result["output"]
@@ -100,7 +100,7 @@ def test_killed_at_many_moments_of_a_save(tmp_path: Path, data_folder: Path, hel
     assert helper.run(run, kill_after=5)["exit"] == [SIGKILL]
     for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
         helper.run(run, kill_in_save_of=8, kill_delay=delay)
-        found = find_checkpoints(root)
+        found = list(find_checkpoints(root))
         assert [item.problem for item in found] == [None] * len(found)
         assert read_latest(root) in {item.path.name for item in found}
         if found[0].step >= 8:
