@@ -1,7 +1,8 @@
 """The `megasparse` command.
 
 Modules are imported by the command that needs them, so that `--help` and mistakes in a config answer at once.
-An exception type that this package defines is a message to the user: it ends as that message and exit code 2.
+An exception type that this package defines is a message to the user: it ends as that message and exit code 2, or as
+the type's own `exit_code` where trying again may help: launchers do not try a mistake again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ OVERRIDES = "a.b=c"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 a check failed (`doctor`, `preflight`), 2 a mistake, which it explains.
+    """Run one command and exit: 0 done, 1 a check failed (`doctor`, `preflight`) or storage or network did, 2 a
+    mistake, which it explains.
 
     `pretrain` has further codes: `megasparse.training.signals`.
     """
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if os.environ.get("MEGASPARSE_TRACEBACK"):
             traceback.print_exc()
         _print_mistake(error)
-        code = EXIT_MISTAKE
+        code = getattr(error, "exit_code", EXIT_MISTAKE)
     sys.exit(code)
 
 

@@ -45,6 +45,7 @@ from megasparse.training.checkpoint_content import (
 from megasparse.training.checkpoint_files import (
     CheckpointError,
     DamagedError,
+    StorageError,
     checksum,
     examine,
     find_checkpoints,
@@ -87,6 +88,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: the directory cannot be written.
+            StorageError: the file system fails.
         """
         _on_first_rank(self._prepare)
 
@@ -96,7 +98,7 @@ class Checkpointer:
             probe = self._root / ".writable"
             probe.touch()
             probe.unlink()
-        except OSError as error:
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise CheckpointError(f"checkpoint.directory {self._root} cannot be written: {error}") from error
         remove_leftovers(self._root)
 
@@ -333,15 +335,17 @@ def _on_first_rank(action: Callable[[], Any]) -> Any:
     """Runs `action` on rank 0 and gives its result to all ranks; an error there is raised on all.
 
     Raises:
-        CheckpointError: with the text of rank 0's error.
+        CheckpointError: with the text of rank 0's error; StorageError where it was the file system's.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = action()
-        except (OSError, CheckpointError) as error:
-            answer[1] = f"rank 0: {error}"
+        except OSError as error:
+            answer[1] = StorageError(f"rank 0: checkpoints in {error.filename or 'their directory'}: {error.strerror}")
+        except CheckpointError as error:
+            answer[1] = CheckpointError(f"rank 0: {error}")
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise CheckpointError(answer[1])
+        raise answer[1]
     return answer[0]

@@ -19,6 +19,11 @@ FIRST_PORT = 20000
 class LaunchError(RuntimeError):
     """The launcher's environment does not make sense. The message says which variable and what to do."""
 
+    @property
+    def exit_code(self) -> int:
+        """Of `megasparse`: 1, which launchers try again, where the variables were fine and the network was not."""
+        return 2 if self.__cause__ is None else 1
+
 
 @dataclass(frozen=True)
 class Launch:

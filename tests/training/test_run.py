@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+import yaml
+from megatron.core import parallel_state
 
+from megasparse.cli import main
 from megasparse.config import ConfigError, parse_config
-from tests.launch import run_distributed
+from tests.launch import free_port, run_distributed
 from tests.training.cases import configuration
 from tests.training.forked import Helper
 
@@ -44,6 +49,39 @@ def test_layouts_that_do_not_divide_are_refused_before_anything_starts(
         pretrain(cfg)
     assert not dist.is_initialized()
     assert not (tmp_path / "run").exists()
+
+
+def test_what_may_pass_ends_in_a_code_that_launchers_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not 2, with which a job ends for good: here nobody answers, then the storage goes away in a save."""
+    config = tmp_path / "config.yaml"
+    content = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 6})
+    config.write_text(yaml.safe_dump(content))
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    with monkeypatch.context() as environment:
+        for name, value in {**place, "MASTER_PORT": str(free_port())}.items():
+            environment.setenv(name, value)
+        with pytest.raises(SystemExit) as left:
+            main(["pretrain", str(config), "parallel.timeout_minutes=0.01"])
+    assert "cannot meet the others" in capsys.readouterr().err
+    assert left.value.code == 1
+
+    rename = Path.rename
+
+    def stale(self: Path, target: Path) -> Path:
+        if ".partial-" not in self.name:
+            return rename(self, target)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+
+    with monkeypatch.context() as storage:
+        storage.setattr(Path, "rename", stale)
+        with pytest.raises(SystemExit) as left:
+            main(["pretrain", str(config)])
+    assert "Stale file handle" in capsys.readouterr().err
+    assert left.value.code == 1
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def evaluate_checkpoint(run: str, overrides: list[str]) -> Any:
