@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -98,8 +100,36 @@ def build_datasets(cfg: Config, local_rank: int = 0) -> Datasets:
 def _build(cfg: Config, cache: Path) -> Datasets:
     config = _dataset_config(cfg, cache)
     sizes = [cfg.training.steps * cfg.training.global_batch_size, validation_samples(cfg), 0]
-    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+    with _saved_whole():
+        train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
     return Datasets(train, valid)
+
+
+@contextmanager
+def _saved_whole() -> Iterator[None]:
+    """In here a file of `numpy.save` gets its name when it is whole.
+
+    Megatron takes every index file that it finds. One that a kill or a full disk cut short would end this start and all
+    that follow, as would one that another run with the same cache directory is still writing.
+    """
+    save = np.save
+
+    def save_whole(file: str, array: np.ndarray, **options: Any) -> None:
+        part = Path(f"{file}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            with part.open("wb") as stream:
+                save(stream, array, **options)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+    np.save = save_whole  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        np.save = save
 
 
 def _validates(cfg: Config) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from megatron.core import parallel_state
 
 from megasparse.config import ConfigError, parse_config
+from megasparse.training import datasets
 from megasparse.training.data import MicroBatchSampler, StepLoader, document_mask
 from megasparse.training.datasets import check_splits
 from tests.launch import run_distributed
@@ -202,3 +205,22 @@ def test_a_split_without_tokens_is_refused(tmp_path: Path, data_folder: Path) ->
     )
     with pytest.raises(ConfigError, match=r"data\.split.*leaves no tokens for valid: .*b has 100 documents"):
         check_splits(parse_config(data))
+
+
+def test_an_index_cut_short_is_built_again(tmp_path: Path, data_folder: Path) -> None:
+    """The disk is full, or the job is killed, while the last and largest file of the indices is written."""
+    blend = [[0.5, str(data_folder / "a")], [0.5, str(data_folder / "b")]]
+    content = configuration(tmp_path / "run", "", data={"blend": blend}, training={"steps": 1000})
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, limits[1]))
+    try:
+        with pytest.raises(Exception, match="Failed to write dataset materials"):
+            datasets.main([str(config)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "run" / "cache").glob("*-dataset_index.npy"))
+    datasets.main([str(config)])
+    datasets.main([str(config)])
+    assert not list((tmp_path / "run" / "cache").glob("*.part"))
