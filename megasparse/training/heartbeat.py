@@ -112,13 +112,13 @@ class Heartbeat:
         return self._directory / "heartbeat" / f"rank_{rank:05d}.json"
 
     def _report(self, now: float, stuck: float) -> None:
-        beats = []
+        beats, absent = [], []
         for rank in range(self._world_size):
             try:
                 beats.append(Beat(**json.loads(self._file(rank).read_text())))
-            except FileNotFoundError:  # it never got here
-                continue
-        reason, hosts = verdict(beats, now, SILENT * self._interval)
+            except (FileNotFoundError, ValueError):  # it never got here; its node died before what it wrote was stored
+                absent.append(rank)
+        reason, hosts = verdict(beats, now, SILENT * self._interval, absent)
         self._reported = True
         content = {"reason": f"{reason}; waited {stuck:.0f} s for it", "hosts": ",".join(hosts)}
         try:
@@ -129,11 +129,13 @@ class Heartbeat:
         log.error("HANG: %s", reason)
 
 
-def verdict(beats: Sequence[Beat], now: float, silent_after: float) -> tuple[str, list[str]]:
+def verdict(
+    beats: Sequence[Beat], now: float, silent_after: float, absent: Sequence[int] = ()
+) -> tuple[str, list[str]]:
     """What keeps a run from going on.
 
     Args:
-        beats: the last one of every rank.
+        beats: the last one of every rank but those in `absent`, which left none that can be read.
         now: Unix seconds.
         silent_after: age of a beat, in seconds, beyond which its process does not run any more.
 
@@ -141,6 +143,9 @@ def verdict(beats: Sequence[Beat], now: float, silent_after: float) -> tuple[str
         a sentence that names ranks and hosts, and the hosts to do without: none where most of them are suspects.
     """
     silent = [beat for beat in beats if now - beat.time > silent_after]
+    if absent and not silent:
+        more = f" and {len(absent) - 6} more" if len(absent) > 6 else ""
+        return f"rank {', '.join(map(str, absent[:6]))}{more}: no sign of life at all", []
     first = min(beat.place for beat in beats)
     behind = [beat for beat in beats if beat.place == first]
     if silent:

@@ -96,7 +96,8 @@ class StopWatcher:
         reason = self._reason
         if time.time() >= self._deadline:
             reason = max(reason, StopReason.TIME_LIMIT)
-        if self._stop_file is not None and self._stop_file.exists():
+        # Not Path.exists, which raises where the file system answers with an error for a moment (ESTALE, EIO).
+        if self._stop_file is not None and os.path.exists(self._stop_file):
             reason = max(reason, StopReason.STOP_FILE)
         return reason
 

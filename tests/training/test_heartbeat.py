@@ -63,6 +63,21 @@ def test_report_appears_when_nothing_moves_and_goes_away_when_it_does(tmp_path: 
         wait_until(lambda: not report.exists())
 
 
+@pytest.mark.parametrize("left", [None, ""], ids=["nothing", "an empty file"])
+def test_a_rank_that_left_no_beat_is_named(tmp_path: Path, left: str | None) -> None:
+    """Of a node that dies, a parallel file system may keep the file's name and lose its content."""
+    (tmp_path / "heartbeat").mkdir()
+    if left is not None:
+        (tmp_path / "heartbeat" / "rank_00001.json").write_text(left)
+    with Heartbeat(tmp_path, 0, 2, "n0", timeout_seconds=0.5) as alone:
+        alone.at(5, "training")
+        wait_until((tmp_path / HANG_FILE).exists)
+        wait_until(lambda: (tmp_path / HANG_FILE).read_text().endswith("}"))
+        content = json.loads((tmp_path / HANG_FILE).read_text())
+    assert content["reason"].startswith("rank 1: no sign of life at all; waited")
+    assert content["hosts"] == ""
+
+
 def test_one_process_has_no_heartbeat(tmp_path: Path) -> None:
     with Heartbeat(tmp_path, 0, 1, "n0", timeout_seconds=0.1) as alone:
         alone.at(1, "training")

@@ -12,7 +12,7 @@ import pytest
 
 from megasparse.monitoring.record import read_records
 from megasparse.training.checkpoint_files import find_checkpoints, read_latest
-from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE
+from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE, StopReason, StopWatcher
 from tests.training.cases import configuration
 from tests.training.forked import Helper
 
@@ -71,6 +71,10 @@ def test_stop_file_stops_and_is_removed(tmp_path: Path, data_folder: Path, helpe
     result = helper.run(case(tmp_path, data_folder), stop_file_at=3)
     assert_stopped(tmp_path, result, 1, "STOP_FILE", 3)
     assert not (tmp_path / "run" / "stop").exists()
+
+
+def test_a_file_system_that_answers_with_an_error_stops_nothing() -> None:
+    assert StopWatcher(run_directory=Path("n" * 300)).local_reason() == StopReason.NONE
 
 
 def test_keep_last_and_keep_every(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
