@@ -211,6 +211,8 @@ def _fusable(weight: torch.nn.Parameter) -> bool:
         and main.dtype == torch.float32
         and main.shape == weight.shape
         and main.is_contiguous()
+        # The kernels add pairs. Without the distributed optimizer, gradients lie side by side whatever their sizes.
+        and main.storage_offset() % 2 == 0
         and hasattr(weight, "grad_added_to_main_grad")
     )
 

@@ -431,6 +431,19 @@ def hybrid_mlp_layer(l1_layers: int, coeff: float) -> tuple[float, float]:
     return float(mlp.linear_fc1.weight.grad.abs().max()), float(mlp.recorder.l1)
 
 
+def where_gradients_go(offset: int) -> list[tuple[bool, bool]]:
+    """Of each weight of one SparseMLP whose main gradients begin `offset` elements into their memory: whether they got
+    something, and whether autograd is to bring the gradient."""
+    cfg = make_config()
+    start(cfg)
+    mlp = next(iter_sparse_mlps(build_model(cfg)))
+    for weight in mlp.parameters():
+        weight.main_grad = torch.zeros(weight.numel() + offset)[offset:].view_as(weight)
+        weight.grad_added_to_main_grad = False
+    mlp(torch.ones(SEQUENCE, 2, cfg.model.hidden_size))[0].sum().backward()
+    return [(bool(weight.main_grad.any()), not weight.grad_added_to_main_grad) for weight in mlp.parameters()]
+
+
 def mlp_beside_fp8(recipe: str) -> list[dict[str, np.ndarray]]:
     """Output and gradients of one SparseMLP without fp8 and with it in its config, prepared as for recomputing the norm
     before it."""

@@ -95,6 +95,12 @@ def test_padding_mask_of_a_wrong_shape() -> None:
         run_distributed(1, "tests.megatron.cases:wrong_mask")
 
 
+@pytest.mark.parametrize(("offset", "fused"), [(0, True), (6, True), (1, False)])
+def test_main_gradients_that_the_kernels_cannot_write_are_left_to_autograd(offset: int, fused: bool) -> None:
+    (found,) = run_distributed(1, "tests.megatron.cases:where_gradients_go", offset)
+    assert found == [(fused, not fused)] * 2
+
+
 def test_hybrid_mlp_layer_averages_over_its_own_kind() -> None:
     ((one, total),) = run_distributed(1, "tests.megatron.cases:hybrid_mlp_layer", 1, 1e-2)
     ((four, same),) = run_distributed(1, "tests.megatron.cases:hybrid_mlp_layer", 4, 1e-2)
