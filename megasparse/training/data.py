@@ -10,6 +10,7 @@ of one model replica the same ones: middle pipeline stages need the loss mask to
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import time
@@ -106,6 +107,10 @@ class StepLoader:
             generator=torch.Generator().manual_seed(cfg.training.seed),
         )
         self._batches = iter(self._loader)
+        if workers:
+            # An error keeps the loader alive to the end of the process, and there multiprocessing would wait for ever:
+            # the workers ignore its SIGTERM.
+            atexit.register(self.close)
 
     def next_step(self) -> list[MicroBatch]:
         """The micro-batches of the next step, on the device.
@@ -130,6 +135,7 @@ class StepLoader:
 
     def close(self) -> None:
         """Ends the workers."""
+        atexit.unregister(self.close)
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()

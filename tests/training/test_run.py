@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,10 @@ import yaml
 from megatron.core import parallel_state
 
 from megasparse.cli import main
-from megasparse.config import ConfigError, parse_config
+from megasparse.config import ConfigError, dump_config, parse_config
 from tests.launch import free_port, run_distributed
 from tests.training.cases import configuration
-from tests.training.forked import Helper
+from tests.training.forked import ROOT, Helper
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +135,27 @@ def test_resume_load_and_evaluate(tmp_path: Path, data_folder: Path, helper: Hel
         target = "tests.training.test_run:evaluate_checkpoint"
         for metrics in run_distributed(world, target, str(tmp_path / "run"), overrides):
             assert metrics == pytest.approx(at_end, rel=1e-5)
+
+
+CRASH = """
+import sys
+from megasparse.config import load_config
+from megasparse.training.callbacks import Callback
+from megasparse.training.loop import pretrain
+
+class Crash(Callback):
+    def on_step_end(self, state, metrics):
+        raise MemoryError("no memory left")
+
+pretrain(load_config(sys.argv[1]), [Crash()])
+"""
+
+
+def test_an_error_ends_the_process_and_its_data_loader(tmp_path: Path, data_folder: Path) -> None:
+    """As a rank that stays would keep its GPU, and all others waiting."""
+    cfg = parse_config(configuration(tmp_path / "run", str(data_folder / "a"), data={"num_workers": 2}))
+    (tmp_path / "run.yaml").write_text(dump_config(cfg))
+    command = [sys.executable, "-c", CRASH, str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "MemoryError: no memory left" in done.stderr
