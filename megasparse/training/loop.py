@@ -77,6 +77,7 @@ def train(run: Run) -> StopReason:
     cfg, state = run.cfg, run.state
     reason = StopReason.NONE
     run.callbacks.on_start(state)
+    run.stop.catch_interrupts()
     while state.step < cfg.training.steps and reason == StopReason.NONE:
         run.callbacks.on_step_start(state)
         result, metrics = run_step(run)
@@ -280,6 +281,8 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
             write_exit_file(cfg.run_directory, code, text, run.state.step)
             stop.clear_stop_file()
         run.callbacks.on_end(run.state)
+        if first and code == EXIT_REQUEUE:
+            log.info("stopped (%s) after step %d; the same command goes on from there", text, run.state.step)
     shut_down()
     return code
 

@@ -1,7 +1,8 @@
 """When to stop early: signals, the time limit, or a stop file. All ranks stop after the same step.
 
-A run stops early when any rank received SIGTERM or SIGUSR1 (SLURM's `--signal=USR1@120`, preemption), when the time
-limit of the configuration or of the SLURM job is near, or when a file called `stop` appears in the run directory
+A run stops early when any rank received SIGTERM, SIGUSR1 (SLURM's `--signal=USR1@120`, preemption) or SIGINT (Ctrl-C;
+a second one ends it at once), when the time limit of the configuration or of the SLURM job is near, or when a file
+called `stop` appears in the run directory
 (`touch runs/<name>/stop`: for launchers which do not pass signals on, torchrun among them). Every rank reports what
 it saw, in the same collective that reduces the loss; so all ranks take the same decision in the same step, save a
 checkpoint and leave.
@@ -34,6 +35,9 @@ EXIT_DONE = 0
 EXIT_REQUEUE = 75
 EXIT_NOT_FINITE = 65
 
+INTERRUPT_SECONDS = 1.0
+"""A terminal and a launcher may both pass on one Ctrl-C: within this time they count once."""
+
 STOP_FILE = "stop"
 EXIT_FILE = "exit.json"
 
@@ -46,6 +50,7 @@ class StopReason(IntEnum):
     STOP_FILE = 2
     SIGUSR1 = 3
     SIGTERM = 4
+    SIGINT = 5
 
 
 class StopWatcher:
@@ -69,6 +74,8 @@ class StopWatcher:
         self._reason = StopReason.NONE
         self._old: dict[int, object] = {}
         self._stop_file = run_directory / STOP_FILE if run_directory is not None else None
+        self._interrupted = float("inf")
+        """When the first Ctrl-C came, in seconds of the monotonic clock."""
         self._deadline = float("inf")
         if time_limit_minutes is not None:
             self._deadline = process_start_time() + 60.0 * time_limit_minutes
@@ -88,8 +95,25 @@ class StopWatcher:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        reason = StopReason.SIGTERM if number == signal.SIGTERM else StopReason.SIGUSR1
-        self._reason = max(self._reason, reason)
+        self._reason = max(self._reason, StopReason[signal.Signals(number).name])
+
+    def catch_interrupts(self) -> None:
+        """From now on Ctrl-C asks the run to stop as the other signals do; until now it ended the process.
+
+        Where SIGINT is ignored (a shell's background job) it stays so.
+        """
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._interrupted > INTERRUPT_SECONDS:
+            raise KeyboardInterrupt
+        if self._reason != StopReason.SIGINT and self._stop_file is not None:
+            # Not by way of buffered streams: the signal may have come while one of them was at work.
+            os.write(2, b"\nsaving a checkpoint after this step, then leaving; Ctrl-C again: leaving at once\n")
+        self._interrupted = min(now, self._interrupted)
+        self._handle(number, frame)
 
     def local_reason(self) -> StopReason:
         """What this rank alone knows; the ranks' maximum is what counts."""
@@ -111,11 +135,11 @@ class StopWatcher:
 def signals_wait() -> Iterator[None]:
     """Signals wait until the block ends. Child processes that start in it never get them.
 
-    Megatron's checkpoint writer keeps a helper process; a SIGTERM to the whole job would end it, and with it the
-    save that the signal asks for.
+    Megatron's checkpoint writer keeps a helper process; a SIGTERM or Ctrl-C to the whole job would end it, and with it
+    the save that the signal asks for.
     """
     resource_tracker.ensure_running()  # starting it later, from in here, would unblock SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     try:
         yield
     finally:

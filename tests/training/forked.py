@@ -112,6 +112,7 @@ def _rank(configuration: dict[str, Any], world: int, actions: dict[str, Any], ra
     from tests.training.cases import DeadNeurons, Recorder
 
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in a shell's background
     output = os.open(out / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megasparse.monitoring.record import read_records
+from megasparse.training import signals
 from megasparse.training.checkpoint_files import find_checkpoints, read_latest
 from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE, StopReason, StopWatcher
 from tests.training.cases import configuration
@@ -45,19 +46,50 @@ def assert_stopped(tmp_path: Path, result: dict[str, Any], world: int, reason: s
         assert max(int(step) for step in record["steps"]) == left["step"]
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_signal_to_one_rank_stops_all_and_the_run_goes_on(
-    tmp_path: Path, data_folder: Path, helper: Helper, number: signal.Signals, name: str
+    tmp_path: Path, data_folder: Path, helper: Helper, number: signal.Signals
 ) -> None:
-    """The second of two ranks; for SIGTERM its data loader and checkpoint helper processes get it as well."""
-    at = {"step": 5, "rank": 1, "number": int(number), "group": number == signal.SIGTERM}
+    """The second of two ranks; but for SIGUSR1 its data loader and checkpoint helper processes get it as well."""
+    at = {"step": 5, "rank": 1, "number": int(number), "group": number != signal.SIGUSR1}
     result = helper.run(case(tmp_path, data_folder), world=2, signal_at=at)
-    assert_stopped(tmp_path, result, 2, name, 5)
+    assert_stopped(tmp_path, result, 2, number.name, 5)
+    assert f"stopped ({number.name}) after step" in result["output"]
     if number == signal.SIGTERM:
         result = helper.run(case(tmp_path, data_folder), world=2)
         assert result["exit"] == [0, 0], result["output"]
         assert "resumed from" in result["output"]
         assert json.loads((tmp_path / "run" / "exit.json").read_text())["requeue"] is False
+
+
+def test_a_second_ctrl_c_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first asks to stop; what comes with it, from a launcher, counts as the same one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    try:
+        with signals.StopWatcher(run_directory=tmp_path) as stop:
+            with pytest.raises(KeyboardInterrupt):  # while the run starts
+                signal.raise_signal(signal.SIGINT)
+            stop.catch_interrupts()
+            signal.raise_signal(signal.SIGINT)
+            assert stop.local_reason() == StopReason.SIGINT
+            now = 100.5
+            signal.raise_signal(signal.SIGINT)
+            assert capfd.readouterr().err.count("saving a checkpoint") == 1
+            now = 102.0
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with signals.StopWatcher(run_directory=tmp_path) as stop:
+            stop.catch_interrupts()
+            signal.raise_signal(signal.SIGINT)
+            assert stop.local_reason() == StopReason.NONE
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_time_limit_stops(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
