@@ -252,7 +252,7 @@ def _quiet_megatron() -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from megasparse.config import check_files, load_with_origins
+    from megasparse.config import check_directories, check_files, load_with_origins
 
     loaded = load_with_origins(args.config, args.overrides)
     if args.dry_run:
@@ -261,6 +261,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         print_plan(loaded, args.world_size, args.l0, args.gpu_memory)
         return 0
     check_files(loaded.config)
+    check_directories(loaded.config)
     _quiet_megatron()
     from megasparse.training.loop import pretrain
 

@@ -284,7 +284,7 @@ def _wandb() -> Iterator[Check]:
     if logged_in:
         yield Check("W&B", "ok", f"{version}, logged in to {server}")
     else:
-        cost = "logging.wandb.mode: online fails; offline and disabled work"
+        cost = "logging.wandb.mode: online goes on offline"
         yield Check("W&B", "warn", f"{version}, not logged in to {server}", cost, "wandb login")
 
 

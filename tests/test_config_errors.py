@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megasparse.config import ConfigError, check_files, load_config, parse_config
+from megasparse.config import ConfigError, check_directories, check_files, load_config, parse_config
 from tests.test_config import SMALL
 
 MODEL = "model: {num_layers: 4, hidden_size: 64, ffn_hidden_size: 256, num_attention_heads: 4, vocab_size: 1000}\n"
@@ -208,6 +208,11 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
     assert text.startswith("3 problems")
     for word in ("absent.bin and no file", "data.tokenizer", "checkpoint.load"):
         assert word in text
+    (tmp_path / "file").write_text("")
+    text = message(check_directories, parse_config({**SMALL, "run": {"directory": str(tmp_path / "file" / "run")}}))
+    assert text.startswith("run.directory = "), "once, though all else lies in there"
+    assert f"{tmp_path}/file is not a directory" in text
+    check_directories(parse_config({**SMALL, "run": {"directory": str(tmp_path / "new" / "run")}}))
     (tmp_path / "broken.json").write_text("{}")
     data = {"tokenizer": str(tmp_path / "broken.json")}
     assert "not a readable tokenizer" in message(parse_config, {**SMALL, "data": data})

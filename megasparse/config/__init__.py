@@ -1,7 +1,7 @@
 """YAML configuration: `load_config(path, overrides) -> Config`. Imports nothing else of this package."""
 
 from megasparse.config.errors import ConfigError, Problem
-from megasparse.config.inputs import check_files
+from megasparse.config.inputs import check_directories, check_files
 from megasparse.config.loader import (
     LoadedConfig,
     Origin,
@@ -50,6 +50,7 @@ __all__ = [
     "SparsityConfig",
     "TrainingConfig",
     "WandbConfig",
+    "check_directories",
     "check_files",
     "dump_config",
     "load_config",

@@ -1,8 +1,9 @@
-"""Whether the files that a run reads are there and belong together."""
+"""Whether the files that a run reads are there and belong together, and whether it can write."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,28 @@ def check_files(cfg: Config) -> None:
         problems += _foreign_tokens(cfg)
     if problems:
         raise ConfigError(problems, host_specific=True)
+
+
+def check_directories(cfg: Config) -> None:
+    """Where the run writes must be a directory that can be written, or that can be made.
+
+    Raises ConfigError naming key and path.
+    """
+    problems: dict[Path, Problem] = {}
+    for key, path in (
+        ("run.directory", cfg.run_directory),
+        ("checkpoint.directory", cfg.checkpoint_directory),
+        ("logging.directory", cfg.logging_directory),
+        ("data.cache_dir", Path(os.path.expandvars(cfg.cache_directory))),
+    ):
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            continue
+        reason = "is not writable" if there.is_dir() else "is not a directory"
+        fix = "choose another place, or make that one writable"
+        problems.setdefault(there, Problem(key, f"{there} {reason}", fix, str(path)))
+    if problems:
+        raise ConfigError(list(problems.values()), host_specific=True)
 
 
 def _missing_files(cfg: Config) -> Iterator[Problem]:
