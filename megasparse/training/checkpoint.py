@@ -34,6 +34,7 @@ from megasparse.config import Config
 from megasparse.parent import end_with_parent
 from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_content import (
+    changed_settings,
     check_same_model,
     get_rank_state,
     layout,
@@ -221,6 +222,8 @@ class Checkpointer:
         for mlp in state.mlps:
             mlp.recorder.steps_since_fired.copy_(loaded["neurons"][str(mlp.layer_index)])
         run = common["run"]
+        for change in changed_settings(self._cfg, run["config"]) if dist.get_rank() == 0 else ():
+            log.info("checkpoint: changed since %s: %s", path.name, change)
         state.step = run["step"]
         state.consumed_samples = run["consumed_samples"]
         state.consumed_tokens = run["consumed_tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def check_same_model(cfg: Config, saved: dict[str, Any], path: Path, optimizer: 
             f"{path} is of another run:\n  " + "\n  ".join(different) + "\nGo on with the configuration it was saved "
             "with, or choose another checkpoint.directory."
         )
+
+
+def changed_settings(cfg: Config, saved: dict[str, Any]) -> list[str]:
+    """Every key that bears on the training and is not what it was in the configuration of a checkpoint."""
+    sections = ("model", "sparsity", "parallel", "data", "training", "optimizer")
+    own, before = (dict(_leaves({s: whole[s] for s in sections})) for whole in (cfg.model_dump(mode="json"), saved))
+    return [f"{key}: {before[key]} -> {own[key]}" for key in own if key in before and own[key] != before[key]]
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _sizes_written_out(model: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -299,8 +300,6 @@ def start(
     first = launch.rank == 0
     if first:
         cfg.run_directory.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):
-            (cfg.run_directory / "config.yaml").write_text(dump_config(cfg))
     datasets = build_datasets(cfg, launch.local_rank)
     model = wrap_in_ddp(cfg, build_model(cfg, layer))
     optimizer = build_optimizer(cfg, model)
@@ -326,6 +325,17 @@ def start(
     checkpointer = Checkpointer(cfg, on_saved=lambda path: observers.on_checkpoint(state, path))
     checkpointer.prepare()
     restore(cfg, checkpointer, state, datasets)
+    check_samples(cfg, state)
+    if first:  # not before: where the run is refused, the file stays that of the checkpoints
+        with contextlib.suppress(OSError):
+            (cfg.run_directory / "config.yaml").write_text(dump_config(cfg))
+        if state.step >= cfg.training.steps:
+            log.info(
+                "nothing to do: training.steps is %d, and the run has done %d; set more of them to go on, or another "
+                "run.name to start anew",
+                cfg.training.steps,
+                state.step,
+            )
     loader = StepLoader(
         cfg,
         datasets.train,
@@ -387,6 +397,22 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
                 log.warning("data.allow_change: going on although %s", error)
     if state.resumed_from is not None and state.is_writer:
         log.info("checkpoint: resumed from %s (step %d)", state.resumed_from, state.step)
+
+
+def check_samples(cfg: Config, state: TrainState) -> None:
+    """The samples of a run are laid out for training.steps of the global batch; both may have changed on the way.
+
+    Raises:
+        ConfigError: there are not enough for the steps that are left.
+    """
+    batch = cfg.training.global_batch_size
+    if state.step < cfg.training.steps and state.consumed_samples > state.step * batch:
+        rule = f"smaller than before: the run has read {state.consumed_samples} samples in {state.step} steps"
+        fix = (
+            f"set at least {math.ceil(state.consumed_samples / state.step)}, or start a new run from the weights with "
+            "checkpoint.load"
+        )
+        raise ConfigError([Problem("training.global_batch_size", rule, fix, batch)])
 
 
 def count_parameters(model: Sequence[torch.nn.Module]) -> int:

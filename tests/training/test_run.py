@@ -114,6 +114,8 @@ def test_resume_load_and_evaluate(tmp_path: Path, data_folder: Path, helper: Hel
     # Nothing is left to do: a finished run that is started again only says so.
     again = helper.run(run)
     assert again["exit"] == [0], again["output"]
+    assert "nothing to do: training.steps is 6, and the run has done 6" in again["output"]
+    assert "changed since" not in again["output"]
     assert again["records"][0]["steps"] == {}
     assert again["records"][0]["digest"] == trained["records"][0]["digest"]
 
@@ -135,6 +137,32 @@ def test_resume_load_and_evaluate(tmp_path: Path, data_folder: Path, helper: Hel
         target = "tests.training.test_run:evaluate_checkpoint"
         for metrics in run_distributed(world, target, str(tmp_path / "run"), overrides):
             assert metrics == pytest.approx(at_end, rel=1e-5)
+
+
+def test_changed_settings_are_told_or_refused(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    """A refused start leaves config.yaml as it was, as `megasparse status` and people read it."""
+    run = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 6})
+    assert helper.run(run)["exit"] == [0]
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    refusals = {
+        "model.hidden_size: 16 there, 32 here": ("model", {"hidden_size": 32}),
+        "smaller than before: the run has read 24 samples in 6 steps": (
+            "training",
+            {"steps": 8, "global_batch_size": 2},
+        ),
+    }
+    for message, (section, keys) in refusals.items():
+        refused = helper.run({**run, section: {**run[section], **keys}})
+        assert refused["exit"] == [1]
+        assert message in refused["output"]
+        assert (tmp_path / "run" / "config.yaml").read_text() == before
+    changed = helper.run({
+        **run, "training": {**run["training"], "steps": 8, "global_batch_size": 8}, "optimizer": {"lr": 1e-3}
+    })  # fmt: skip
+    assert changed["exit"] == [0], changed["output"]
+    for text in ("training.steps: 6 -> 8", "training.global_batch_size: 4 -> 8", "optimizer.lr: 0.003 -> 0.001"):
+        assert f"changed since step_00000006: {text}" in changed["output"]
+    assert sorted(changed["records"][0]["steps"]) == ["7", "8"]
 
 
 CRASH = """
