@@ -2,7 +2,8 @@
 
 They are checkpoints of torch.distributed.checkpoint: every tensor has one global shape and is stored as blocks,
 whatever the parallel layout that wrote it. Tensors of layers are stacked over all layers of the model,
-[layers, ...]. Beside them lie `common.pt` (plain values) and `metadata.json` (the format's name).
+[layers, ...]. Beside them lie `metadata.json` (the format's name) and `common.pt` (plain values); Megatron-Core 0.19
+keeps the plain values among the tensors instead.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ FORMAT = {
 """Content of metadata.json."""
 
 COMMON = "common.pt"
+_COMMON_KEY = "common_state/shard_0_1"
+"""Where Megatron-Core 0.19 keeps them: a pickled list of one dict."""
 
 _LAYER_OBJECTS = tuple(
     f"decoder.layers.{name}_extra_state"
@@ -105,10 +108,17 @@ class CheckpointReader:
 
     def common(self) -> dict[str, Any]:
         """The plain values saved beside the tensors."""
+        info = (self._metadata.storage_data or {}).get(MetadataIndex(_COMMON_KEY))
+        file = self.path / (COMMON if info is None else info.relative_path)
         try:
-            return dict(torch.load(self.path / COMMON, map_location="cpu", weights_only=False))
+            if info is None:
+                return dict(torch.load(file, map_location="cpu", weights_only=False))
+            with file.open("rb") as stream:
+                stream.seek(info.offset)
+                (values,) = torch.load(io.BytesIO(stream.read(info.length)), map_location="cpu", weights_only=False)
+            return dict(values)
         except Exception as error:  # torch.load raises many types for a damaged file
-            raise ConvertError(f"{self.path / COMMON}: cannot be read ({error}); use another checkpoint") from None
+            raise ConvertError(f"{file}: cannot be read ({error}); use another checkpoint") from None
 
     def _entry(self, weight: Weight) -> tuple[str, TensorStorageMetadata]:
         entries = self._metadata.state_dict_metadata

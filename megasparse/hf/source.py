@@ -11,7 +11,7 @@ import pydantic
 from megasparse.config import ModelConfig
 from megasparse.hf.architectures import architecture_of
 from megasparse.hf.errors import ConvertError
-from megasparse.hf.megatron_files import COMMON, CheckpointReader
+from megasparse.hf.megatron_files import CheckpointReader
 from megasparse.hf.tensors import Weight, weights
 from megasparse.training.checkpoint_files import CheckpointError, resolve
 
@@ -40,7 +40,7 @@ def open_checkpoint(path: Path) -> Source:
     common = reader.common()
     if not isinstance(common.get("run"), dict) or "config" not in common["run"]:
         raise ConvertError(
-            f"{path}: was not written by megasparse (its {COMMON} has no configuration); only checkpoints of "
+            f"{path}: was not written by megasparse (its plain values hold no configuration); only checkpoints of "
             "megasparse can be converted"
         )
     model, positions, tokenizer = _of_run(path, common["run"]["config"])

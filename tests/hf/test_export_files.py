@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megasparse.hf.errors import ConvertError
+from megasparse.hf.megatron_files import CheckpointReader
 from megasparse.hf.to_hf import ToHf, convert_to_hf
 from tests.hf.cases import config_of, contents, write_plain
 
@@ -187,6 +190,15 @@ def _reseal(path: Path) -> None:
 
     (path / "manifest.json").unlink()
     seal(path, 0)
+
+
+def test_plain_values_among_the_tensors(checkpoint: Path, tmp_path: Path) -> None:
+    """As Megatron-Core 0.19 saves them."""
+    reader = CheckpointReader(checkpoint)
+    values = {"common_state/shard_0_1": [reader.common()], "a": torch.zeros(3)}
+    writer = dcp.FileSystemWriter(tmp_path / "new")
+    dcp.save(values, storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False), no_dist=True)
+    assert CheckpointReader(tmp_path / "new").common() == reader.common()
 
 
 def _remove_common(path: Path) -> None:
