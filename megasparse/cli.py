@@ -57,7 +57,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)} (see megasparse COMMAND --help)")
+        hint = "see megasparse COMMAND --help"
+        if hasattr(args, "overrides") and "." in rest[0].partition("=")[0]:
+            hint = f"keys of the configuration take no dashes: {rest[0].lstrip('-').partition('=')[0]}=VALUE"
+        parser.error(f"unrecognized arguments: {' '.join(rest)} ({hint})")
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args

@@ -108,6 +108,8 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         assert main(*arguments) == 2
     assert main("pretrain", tmp_path / "none.yaml") == 2
     assert "none.yaml': cannot be read" in capsys.readouterr().err
+    assert main("pretrain", "a.yaml", "--training.steps", "5") == 2
+    assert "keys of the configuration take no dashes: training.steps=VALUE" in capsys.readouterr().err
     for command in ("preprocess", "evaluate", "report"):
         assert main(command, "--help") == 0
 

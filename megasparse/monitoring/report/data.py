@@ -17,7 +17,7 @@ Points = list[tuple[float, float]]
 
 
 class ReportError(Exception):
-    """A directory holds no metrics to report on."""
+    """A directory holds no metrics to report on, or the report cannot be written."""
 
 
 @dataclass

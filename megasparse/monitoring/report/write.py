@@ -12,7 +12,7 @@ import yaml
 
 from megasparse.monitoring.environment import write_text
 from megasparse.monitoring.report.charts import Series, bar_chart, byte_size, heat_map, line_chart, percent, short
-from megasparse.monitoring.report.data import Grid, Run
+from megasparse.monitoring.report.data import Grid, ReportError, Run
 from megasparse.monitoring.report.page import fold, page, section, table, tiles
 
 FILE_NAME = "report.html"
@@ -27,7 +27,7 @@ def write_report(run_dir: Path | str, *others: Path | str, output: Path | str | 
         output: where to write; None: report.html in `run_dir`.
 
     Raises:
-        ReportError: where a directory holds no training metrics. Nothing is written then.
+        ReportError: a directory holds no training metrics, or the report cannot be written.
     """
     runs = [Run(Path(directory)) for directory in (run_dir, *others)]
     _make_names_unique(runs)
@@ -46,7 +46,10 @@ def write_report(run_dir: Path | str, *others: Path | str, output: Path | str | 
     )
     title = runs[0].name if len(runs) == 1 else " / ".join(run.name for run in runs)
     path = Path(output) if output is not None else Path(run_dir) / FILE_NAME
-    write_text(path, page(title, _subtitle(runs), body))
+    try:
+        write_text(path, page(title, _subtitle(runs), body))
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be written: {error.strerror}; choose another place with --output") from error
     return path
 
 
