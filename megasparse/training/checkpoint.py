@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 import logging
 import multiprocessing
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -29,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megasparse.config import Config
 from megasparse.parent import end_with_parent
@@ -109,6 +112,9 @@ class Checkpointer:
         Args:
             state: the run.
             extra: plain values to save beside it, the same on every rank.
+
+        Raises:
+            StorageError: it cannot be written, or the one before that was written in the background.
         """
         self.finish()
         gather_parameters(state.model)
@@ -123,7 +129,7 @@ class Checkpointer:
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             arguments["async_strategy"] = "mcore"
         complete = partial(self._complete, partial_path, state.step)
-        with signals_wait():
+        with signals_wait(), self._storage_errors():
             _start_helper()
             request = dist_checkpointing.save(
                 sharded, str(partial_path), strategy, async_sharded_save=self._queue is not None, **arguments
@@ -138,12 +144,29 @@ class Checkpointer:
     def poll(self) -> None:
         """Completes a background save whose writers are done on all ranks. Call it once a step."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+            with self._storage_errors():
+                self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Waits for a background save and completes it."""
         if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            with self._storage_errors():
+                self._queue.maybe_finalize_async_calls(blocking=True)
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """Turns what Megatron's writers raise into a StorageError."""
+        try:
+            yield
+        except (CheckpointException, OSError) as error:
+            reason = str(error)
+            if isinstance(error, CheckpointException):
+                reason = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+            free = shutil.disk_usage(self._root).free / 2**30
+            raise StorageError(
+                f"a checkpoint cannot be written to {self._root} ({free:.2f} GiB free): {reason}\nThose before it are "
+                "as they were; the same command goes on from the newest."
+            ) from error
 
     def close(self) -> None:
         self.finish()

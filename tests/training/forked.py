@@ -6,9 +6,11 @@ of them. SIGKILL and other signals hit real training processes, and a start cost
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -66,6 +68,7 @@ def _act(actions: dict[str, Any], rank: int, recorder: Any, configuration: dict[
     kill_after: SIGKILL this process after that step. kill_in_save_of: SIGKILL it while the checkpoint of that step is
     being written, `kill_delay` seconds after its files appear. signal_at: {"step", "rank", "number"}, sent to the
     rank's process, or with "group" to all its child processes too. stop_file_at: makes the stop file after that step.
+    no_files_beyond: {"step", "bytes"}, after that step, as on a full disk.
     bad_gradient_at: a gradient is not a number in that step. bad_input_at: what enters an MLP is not. broken_from: a
     weight is infinite from that step on.
     """
@@ -86,6 +89,9 @@ def _act(actions: dict[str, Any], rank: int, recorder: Any, configuration: dict[
         def on_step_end(self, state: Any, metrics: Any) -> None:
             if state.step == actions.get("kill_after"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            full = actions.get("no_files_beyond")
+            if full and state.step == full["step"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (full["bytes"], resource.RLIM_INFINITY))
             at = actions.get("signal_at")
             if at and state.step == at["step"] and rank == at["rank"]:
                 (os.killpg if at.get("group") else os.kill)(os.getpid(), at["number"])
@@ -139,6 +145,7 @@ def _fork(body: Callable[[], int]) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
+        atexit._clear()  # exit handlers of the helper are not this process's
         try:
             code = body()
         except SystemExit as error:
@@ -148,9 +155,10 @@ def _fork(body: Callable[[], int]) -> int:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            # Not sys.exit: exit handlers of the helper are not this process's. Ours are joined by hand.
+            # What Python does at an exit, by hand: this is not the interpreter's own.
             import multiprocessing.util
 
+            atexit._run_exitfuncs()
             multiprocessing.util._exit_function()  # type: ignore[attr-defined]
             os._exit(code)
     return pid

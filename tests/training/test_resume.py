@@ -135,6 +135,20 @@ def test_damaged_newest_checkpoint_is_passed_over(
     assert examine(newest) is None, "the damaged one was replaced by a good one"
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_full_disk_ends_the_run_with_its_reason(
+    tmp_path: Path, data_folder: Path, helper: Helper, asynchronous: bool
+) -> None:
+    """The checkpoint before stays as it was."""
+    root = tmp_path / "full" / "checkpoints"
+    assert helper.run(case(tmp_path, data_folder, "full"), kill_after=7)["exit"] == [SIGKILL]
+    run = case(tmp_path, data_folder, "full", async_save=asynchronous)
+    result = helper.run(run, no_files_beyond={"step": 6, "bytes": 1 << 14})
+    assert result["exit"] == [1]
+    assert f"StorageError: a checkpoint cannot be written to {root} (" in result["output"]
+    assert [(found.step, found.problem) for found in find_checkpoints(root)] == [(4, None)]
+
+
 def test_nothing_left_to_load_is_an_error_that_names_all(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     run = case(tmp_path, data_folder, "lost")
     assert helper.run(run, kill_after=5)["exit"] == [SIGKILL]
