@@ -52,6 +52,8 @@ def initialize(cfg: Config, launch: Launch) -> torch.device:
         LaunchError: the other processes could not be reached.
     """
     device = device_of(launch)
+    if cfg.training.deterministic:
+        _make_deterministic()
     if device.type == "cuda":
         if cfg.parallel.tensor > 1 or cfg.parallel.context > 1:
             # Lets communication kernels start in issue order beside compute (Megatron's advice up to Hopper).
@@ -115,8 +117,15 @@ def seed_everything(cfg: Config) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    if cfg.training.deterministic:
-        torch.use_deterministic_algorithms(True)
+
+
+def _make_deterministic() -> None:
+    """The same numbers from the same run on the same layout. Before anything is computed."""
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's attention; Megatron insists on it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
+    torch.use_deterministic_algorithms(True)
+    # It would fill every buffer that `torch.empty` makes with NaN. The kernels write all that they read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def shut_down() -> None:

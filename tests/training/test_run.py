@@ -187,3 +187,20 @@ def test_an_error_ends_the_process_and_its_data_loader(tmp_path: Path, data_fold
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "MemoryError: no memory left" in done.stderr
+
+
+def test_a_deterministic_run_allows_nothing_else(tmp_path: Path, data_folder: Path) -> None:
+    """Whatever the environment asked of Transformer Engine. In a process of its own: torch keeps the mode."""
+    run = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 2, "deterministic": True})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    program = f"""
+import os, torch
+from megasparse.cli import main
+assert main(["pretrain", "{tmp_path / "config.yaml"}"]) == 0
+assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+print(os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"], os.environ["CUBLAS_WORKSPACE_CONFIG"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "0 :4096:8"
