@@ -191,7 +191,7 @@ def test_an_error_ends_the_process_and_its_data_loader(tmp_path: Path, data_fold
 
 def test_a_deterministic_run_allows_nothing_else(tmp_path: Path, data_folder: Path) -> None:
     """Whatever the environment asked of Transformer Engine. In a process of its own: torch keeps the mode."""
-    run = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 2, "deterministic": True})
+    run = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 5, "deterministic": True})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
     program = f"""
 import os, torch
