@@ -189,18 +189,23 @@ def test_an_error_ends_the_process_and_its_data_loader(tmp_path: Path, data_fold
     assert "MemoryError: no memory left" in done.stderr
 
 
-def test_a_deterministic_run_allows_nothing_else(tmp_path: Path, data_folder: Path) -> None:
-    """Whatever the environment asked of Transformer Engine. In a process of its own: torch keeps the mode."""
-    run = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 5, "deterministic": True})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
-    program = f"""
-import os, torch
-from megasparse.cli import main
-assert main(["pretrain", "{tmp_path / "config.yaml"}"]) == 0
+DETERMINISTIC = """
+import os, sys, torch
+from megasparse.config import load_config
+from megasparse.training.loop import pretrain
+
+assert pretrain(load_config(sys.argv[1])) == 0
 assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
 print(os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"], os.environ["CUBLAS_WORKSPACE_CONFIG"])
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
+def test_a_deterministic_run_allows_nothing_else(tmp_path: Path, data_folder: Path) -> None:
+    """Whatever the environment asked of Transformer Engine. In a process of its own: torch keeps the mode."""
+    cfg = parse_config(configuration(tmp_path / "run", str(data_folder / "a"), training={"deterministic": True}))
+    (tmp_path / "run.yaml").write_text(dump_config(cfg))
+    command = [sys.executable, "-c", DETERMINISTIC, str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "0 :4096:8"
