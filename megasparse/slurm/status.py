@@ -15,9 +15,13 @@ from typing import Any
 import yaml
 
 from megasparse.monitoring.record import Record, read_records
+from megasparse.training.signals import EXIT_DONE, EXIT_FILE
 
 WINDOW = 50
 """Training records that the time a step takes is taken from."""
+
+ENDED = ("done", "stopped", "ended")
+"""States of a run that nobody continues by itself: it has no ETA."""
 
 
 class StatusError(ValueError):
@@ -59,7 +63,6 @@ def status_of(run: Path, now: float) -> Status:
         raise StatusError(f"{run}: not the directory of a run (no config.yaml, no logs)")
     job = _newest_job(run)
     ends = _read_ends(run / "requeues.jsonl")
-    state, reason, nodes = _ask_slurm(job) or _from_files(ends)
     records: deque[Record] = deque(maxlen=WINDOW)
     config = _read_config(run)
     metrics = Path(config.get("logging", {}).get("directory") or run) / "metrics.jsonl"
@@ -67,6 +70,7 @@ def status_of(run: Path, now: float) -> Status:
         if record.split == "train":
             records.append(record)
     last = records[-1] if records else None
+    state, reason, nodes = _ask_slurm(job) or _from_files(ends) or _from_exit(run, last)
     steps = config.get("training", {}).get("steps")
     pace = _seconds_a_step(list(records))
     left = None if last is None or steps is None else max(0, steps - last.step)
@@ -81,7 +85,7 @@ def status_of(run: Path, now: float) -> Status:
         steps=steps,
         loss=_number(last, "loss/lm"),
         tokens_per_second=_number(last, "throughput/tokens_per_second"),
-        eta_seconds=0.0 if left == 0 else None if left is None or pace is None else left * pace,
+        eta_seconds=0.0 if left == 0 else None if left is None or pace is None or state in ENDED else left * pace,
         seconds_since_step=now - last.time if last else None,
     )
 
@@ -92,7 +96,8 @@ def print_status(status: Status) -> None:
     print(f"{status.run}: {job}" + (f" ({status.reason})" if status.reason else ""))
     if status.nodes:
         print(f"  nodes     {status.nodes}")
-    print(f"  requeued  {status.requeues} times")
+    if status.job:
+        print(f"  requeued  {status.requeues} times")
     if status.step is None:
         print("  no step yet")
         return
@@ -130,10 +135,21 @@ def _ask_slurm(job: str | None) -> tuple[str, str | None, str | None] | None:
     return state, None if reason == "None" else reason, nodes or None
 
 
-def _from_files(ends: list[dict[str, object]]) -> tuple[str, str | None, str | None]:
+def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None]:
+    """What a run without SLURM wrote when it ended, unless it has made steps since."""
+    file = run / EXIT_FILE
+    if not file.is_file() or (last is not None and file.stat().st_mtime < last.time):
+        return "not known to SLURM", None, None
+    end = json.loads(file.read_text())
+    if end.get("code") == EXIT_DONE:
+        return "done", None, None
+    return "stopped" if end.get("requeue") else "ended", f"{end.get('reason')} after step {end.get('step')}", None
+
+
+def _from_files(ends: list[dict[str, object]]) -> tuple[str, str | None, str | None] | None:
     """What the batch script wrote last, where SLURM has forgotten the job."""
     if not ends:
-        return "not known to SLURM", None, None
+        return None
     reason, nodes = str(ends[-1]["reason"]), str(ends[-1]["nodes"])
     if ends[-1]["requeued"]:
         return "requeued, not known to SLURM now", reason, nodes

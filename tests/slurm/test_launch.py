@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 
 from megasparse.slurm.launch import LAUNCHERS, LaunchFileError, read_job, render
 from megasparse.slurm.status import Status, StatusError, status_of
+from megasparse.training.signals import write_exit_file
 from tests.slurm.runs import ROOT
 
 
@@ -89,6 +92,18 @@ def test_status_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         nodes="n1", requeues=1, step=10, steps=100, loss=2.0, tokens_per_second=512.0, eta_seconds=180.0,
         seconds_since_step=30.0,
     )  # fmt: skip
+
+
+def test_status_of_a_run_that_stopped_without_slurm(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "requeues.jsonl").unlink()
+    write_exit_file(tmp_path, 75, "SIGINT", 10)
+    status = status_of(tmp_path, now=4650.0)
+    assert (status.state, status.reason, status.eta_seconds) == ("stopped", "SIGINT after step 10", None)
+    os.utime(tmp_path / "exit.json", (1000, 1000))  # of the start before
+    status = status_of(tmp_path, now=4650.0)
+    assert (status.state, status.reason, status.eta_seconds) == ("not known to SLURM", None, 180.0)
 
 
 def test_status_of_no_run(tmp_path: Path) -> None:
