@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,12 +37,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prefix
 
 
-def start(text: Path, directory: Path, tensor: int, path: str, micro_batch: int) -> subprocess.Popen[bytes]:
+def start(
+    text: Path, directory: Path, tensor: int, path: str, micro_batch: int, overrides: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     """Begin a run of 50 steps of a small GPT in bf16 on `tensor` GPUs.
 
     At learning rates that make the loss spike, two dense runs drift apart at random by tenths; at this one they do not.
     """
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     config = directory / "config-in.yaml"
     config.write_text(
         json.dumps(
@@ -74,18 +78,18 @@ def start(text: Path, directory: Path, tensor: int, path: str, micro_batch: int)
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={tensor}"]
-    command += [f"--master-port={free_port()}", "-m", "megasparse", "pretrain", str(config)]
+    command += [f"--master-port={free_port()}", "-m", "megasparse", "pretrain", str(config), *overrides]
     with (directory / "console.log").open("w") as stream:
         return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
 
 
-def losses(process: subprocess.Popen[bytes], directory: Path) -> torch.Tensor:
-    """fp64 [STEPS], when the run is over."""
+def losses(process: subprocess.Popen[bytes], directory: Path, first: int = 1) -> torch.Tensor:
+    """fp64 [STEPS - first + 1], when the run is over."""
     code = process.wait(timeout=300)
     assert code == 0, (directory / "console.log").read_text()[-4000:]
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     values = {row["step"]: row["loss/lm"] for row in rows if row["split"] == "train"}
-    return torch.tensor([values[step] for step in range(1, STEPS + 1)], dtype=torch.float64)
+    return torch.tensor([values[step] for step in range(first, STEPS + 1)], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -124,3 +128,15 @@ def test_two_gpus_train_as_one(text: Path, tmp_path: Path) -> None:
     assert gap[:5].max() < 5e-3
     assert gap.mean() <= 2 * noise.mean() + 1e-3
     assert gap.max() <= 2 * noise.max() + 2e-3
+
+
+def test_a_deterministic_sparse_run_resumes_bitwise(text: Path, tmp_path: Path) -> None:
+    """From a checkpoint behind several decisions of the routers: paths, capacities and neuron orders."""
+    overrides = ["training.deterministic=true", "sparsity.route_interval=5", "checkpoint.interval=25"]
+    straight = losses(start(text, tmp_path / "straight", 1, "auto", 8, overrides), tmp_path / "straight")
+    checkpoint = Path("checkpoints", "step_00000025")
+    shutil.copytree(tmp_path / "straight" / checkpoint, tmp_path / "resumed" / checkpoint)
+    resumed = losses(start(text, tmp_path / "resumed", 1, "auto", 8, overrides), tmp_path / "resumed", first=26)
+    assert torch.equal(resumed, straight[25:])
+    rows = [json.loads(line) for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
+    assert any(value == "sparse" for row in rows for key, value in row.items() if key.endswith("/path"))
