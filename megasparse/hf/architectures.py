@@ -49,8 +49,11 @@ ARCHITECTURES = {
 }
 
 
-def architecture_of(model: ModelConfig) -> Architecture:
+def architecture_of(model: ModelConfig, qwen2_tokenizer: bool = True) -> Architecture:
     """The stock architecture that computes what the model computes.
+
+    `qwen2_tokenizer`: the model's tokenizer is that of Qwen2 models. They have no other in transformers, so without it
+    their place is taken by Llama with biases, which differs in a bias of the attention's output (zeros).
 
     Raises:
         ConvertError: there is none.
@@ -65,11 +68,11 @@ def architecture_of(model: ModelConfig) -> Architecture:
     elif not model.gated:
         name = "arcee"
     else:
-        name = "qwen2" if model.qkv_bias else "llama"
+        name = "qwen2" if model.qkv_bias and qwen2_tokenizer else "llama"
     if name in ("llama", "arcee") and model.hidden_size % model.num_attention_heads:
         raise ConvertError(
             f"transformers' {ARCHITECTURES[name].class_name} needs hidden_size ({model.hidden_size}) to be a "
-            "multiple of "
-            f"num_attention_heads ({model.num_attention_heads}); a model with qk_norm or qkv_bias can be exported"
+            f"multiple of num_attention_heads ({model.num_attention_heads}); a model with qk_norm can be exported, and "
+            "a gated one with qkv_bias whose tokenizer is Qwen2's, or is left out (--no-tokenizer)"
         )
     return ARCHITECTURES[name]

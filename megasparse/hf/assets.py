@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from megasparse.config import ConfigError
 from megasparse.config.vocab import tokenizer_vocab_size
+from megasparse.hf import tokenizer_reading
 from megasparse.hf.errors import ConvertError
 
 TOKENIZER_FILES = (
@@ -24,50 +26,78 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
-def write_tokenizer(source: str, vocab_size: int, output: Path) -> tuple[dict[str, Any], int]:
-    """Put a tokenizer and what lies beside it into a model's folder, so that `AutoTokenizer` loads it there.
+def write_tokenizer(source: str, vocab_size: int, output: Path, model_type: str) -> tuple[dict[str, Any], list[str]]:
+    """Put a tokenizer and what lies beside it into a model's folder, so that `AutoTokenizer` loads it there and
+    encodes as training did.
 
     Args:
         source: a Hugging Face folder, a tokenizer.json, or a name on the hub.
         vocab_size: of the model, which must hold every token.
+        model_type: of the model. The folder gets a config.json that says it alone.
 
     Returns:
-        bos_token_id, eos_token_id, pad_token_id, as far as the folder or the tokenizer knows them; and the number of
-        tokens (the largest id + 1).
+        bos_token_id, eos_token_id, pad_token_id, as far as the folder or the tokenizer knows them; and what to tell.
 
     Raises:
         ConvertError: there is no tokenizer, or it has more tokens than the model.
     """
-    from transformers import AutoTokenizer
+    notes = []
+    tokenizer = _put(source, output, model_type)
+    if not tokenizer_reading.encodes_alike(output, tokenizer):
+        class_name = type(tokenizer).__name__
+        tokenizer_reading.take_file_as_it_is(output)
+        tokenizer = tokenizer_reading.load(output)
+        note = f"tokenizer_class is PreTrainedTokenizerFast: as {class_name} transformers encodes otherwise"
+        if not tokenizer_reading.encodes_alike(output, tokenizer):
+            note = "transformers does not encode all text as the tokenizer's tokenizer.json does: compare before use"
+        notes.append(note)
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > vocab_size:
+        raise ConvertError(
+            f"tokenizer {source}: has {size} tokens, the model {vocab_size}; give the tokenizer that the model was "
+            "trained with (--tokenizer PATH)"
+        )
+    if size < vocab_size:
+        notes.append(f"the tokenizer uses {size} of the model's {vocab_size} tokens")
+    ids = {key: value for key in _IDS if (value := getattr(tokenizer, key)) is not None}
+    path = Path(source)
+    if path.exists():
+        for name in ("config.json", GENERATION):
+            found = _json((path if path.is_dir() else path.parent) / name)
+            ids.update({key: value for key, value in found.items() if key in _IDS})
+    return ids, notes
 
+
+def suits_qwen2(source: str) -> bool:
+    """Whether transformers encodes as training did with this tokenizer in the folder of a Qwen2 model.
+
+    Raises ConvertError where there is no tokenizer.
+    """
+    with TemporaryDirectory() as folder:
+        return tokenizer_reading.is_of_qwen2(Path(folder), _put(source, Path(folder), "qwen2"))
+
+
+def _put(source: str, output: Path, model_type: str) -> Any:
+    """Copies or saves a tokenizer into the folder of a model and loads it there."""
     path = Path(source)
     folder = path if path.is_dir() else path.parent
-    whole = path.is_dir() or (path.is_file() and (folder / "tokenizer_config.json").is_file())
-    if whole:
-        copy_assets(folder, output)
     try:
-        if path.is_file() and not whole:
+        if path.is_dir() or (path.is_file() and (folder / tokenizer_reading.SETTINGS).is_file()):
+            copy_assets(folder, output)
+        elif path.is_file():
             _from_json(path, output)
-        elif not whole:
+        else:
+            from transformers import AutoTokenizer
+
             AutoTokenizer.from_pretrained(source).save_pretrained(output)
-        tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
-        size = max(tokenizer.get_vocab().values()) + 1
+        (output / "config.json").write_text(json.dumps({"model_type": model_type}))  # the class depends on it
+        return tokenizer_reading.load(output)
     except Exception as error:  # transformers raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConvertError(
             f"tokenizer {source}: does not load in transformers ({reason}); name another with --tokenizer PATH, or "
             "leave it out with --no-tokenizer"
         ) from None
-    if size > vocab_size:
-        raise ConvertError(
-            f"tokenizer {source}: has {size} tokens, the model {vocab_size}; give the tokenizer that the model was "
-            "trained with (--tokenizer PATH)"
-        )
-    ids = {key: value for key in _IDS if (value := getattr(tokenizer, key)) is not None}
-    if path.exists():
-        for name in ("config.json", GENERATION):
-            ids.update({key: value for key, value in _json(folder / name).items() if key in _IDS})
-    return ids, size
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

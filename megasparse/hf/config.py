@@ -39,7 +39,12 @@ class SourceModel:
 
 
 def to_hf_config(
-    model: ModelConfig, vocab_size: int, max_position_embeddings: int, dtype: str, token_ids: dict[str, Any]
+    model: ModelConfig,
+    vocab_size: int,
+    max_position_embeddings: int,
+    dtype: str,
+    token_ids: dict[str, Any],
+    architecture: Architecture | None = None,
 ) -> dict[str, Any]:
     """config.json of the exported model.
 
@@ -49,8 +54,9 @@ def to_hf_config(
     Args:
         dtype: "float32", "bfloat16" or "float16".
         token_ids: bos_token_id and so on; what is missing becomes null, not the architecture's default.
+        architecture: None: that of `architecture_of(model)`.
     """
-    architecture = architecture_of(model)
+    architecture = architecture or architecture_of(model)
     scaling: dict[str, Any] | None = None
     if model.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **model.rope_scaling.model_dump(exclude={"type"})}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.hf.architectures import architecture_of
-from megasparse.hf.assets import write_generation_config, write_tokenizer
+from megasparse.hf.architectures import Architecture, architecture_of
+from megasparse.hf.assets import suits_qwen2, write_generation_config, write_tokenizer
 from megasparse.hf.config import to_hf_config
 from megasparse.hf.errors import ConvertError
 from megasparse.hf.output import output_folder
@@ -74,7 +74,14 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     if tokenizer is None and not options.no_tokenizer:
         notes.append("no tokenizer: the run names none (data.tokenizer); give it with --tokenizer PATH")
 
-    tensors = _Tensors(source, dtype)
+    if architecture.model_type == "qwen2" and tokenizer is not None and not suits_qwen2(tokenizer):
+        architecture = architecture_of(model, qwen2_tokenizer=False)
+        notes.append(
+            f"{architecture.class_name} with biases, not Qwen2ForCausalLM: of Qwen2 models transformers reads every "
+            "tokenizer as Qwen2's, which this one is not"
+        )
+
+    tensors = _Tensors(source, dtype, architecture)
     files = plan_files(tensors.planned, options.shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors.planned)
 
@@ -102,11 +109,10 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
             notes.append(place.note)
         ids: dict[str, Any] = {}
         if tokenizer is not None:
-            ids, size = write_tokenizer(tokenizer, vocab_size, folder)
-            if size < vocab_size:
-                notes.append(f"the tokenizer uses {size} of the model's {vocab_size} tokens")
+            ids, more = write_tokenizer(tokenizer, vocab_size, folder, architecture.model_type)
+            notes += more
         name = str(dtype).removeprefix("torch.")
-        config = to_hf_config(model, vocab_size, source.max_position_embeddings, name, ids)
+        config = to_hf_config(model, vocab_size, source.max_position_embeddings, name, ids, architecture)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_generation_config(folder, ids)
         for name, group in files.items():
@@ -139,7 +145,7 @@ def to_dtype(tensor: Tensor, dtype: torch.dtype, path: Path, weight: Weight) -> 
 class _Tensors:
     """The tensors of the export, made when they are asked for; those of one weight come from one read."""
 
-    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype, architecture: Architecture) -> None:
         self._source, self._dtype = source, dtype
         self._parts: dict[str, tuple[Weight, int]] = {}
         self._current: tuple[Weight, list[Tensor]] | None = None
@@ -149,7 +155,7 @@ class _Tensors:
             for index, (name, shape) in enumerate(zip(weight.names, shapes, strict=True)):
                 self._parts[name] = (weight, index)
                 self.planned.append(Planned(name, shape, dtype))
-        self._zeros = zero_tensors(source.model, architecture_of(source.model))
+        self._zeros = zero_tensors(source.model, architecture)
         self.planned += [Planned(name, shape, dtype) for name, shape in self._zeros.items()]
 
     def read(self, name: str) -> Tensor:
