@@ -34,6 +34,7 @@ ARCHITECTURES = {
     item.model_type: item
     for item in (
         Architecture("llama", "LlamaForCausalLM"),
+        Architecture("mistral", "MistralForCausalLM", bias="never"),  # read alone: Llama, where no window is set
         Architecture("qwen2", "Qwen2ForCausalLM", bias="qkv"),
         Architecture("qwen3", "Qwen3ForCausalLM", qk_norm=True),
         Architecture("arcee", "ArceeForCausalLM", gated=False),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from megasparse.config import ModelConfig, RopeScaling
 from megasparse.hf.architectures import ARCHITECTURES, Architecture, architecture_of
 from megasparse.hf.errors import ConvertError
@@ -131,24 +133,29 @@ def read_hf_config(folder: Path) -> SourceModel:
     _refuse_others(path, values)
     bias = architecture.bias == "qkv" or bool(values.get("attention_bias"))
     theta, scaling = _rotary(path, values)
-    model = ModelConfig(
-        num_layers=values["num_hidden_layers"],
-        hidden_size=values["hidden_size"],
-        ffn_hidden_size=width,
-        num_attention_heads=values["num_attention_heads"],
-        num_query_groups=values.get("num_key_value_heads") or values["num_attention_heads"],
-        kv_channels=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
-        gated=architecture.gated,
-        vocab_size=values["vocab_size"],
-        max_position_embeddings=values["max_position_embeddings"],
-        norm_epsilon=float(values["rms_norm_eps"]),
-        rotary_base=theta,
-        rope_scaling=scaling,
-        qkv_bias=bias,
-        qk_norm=architecture.qk_norm,
-        tie_embeddings=bool(values["tie_word_embeddings"]),
-        init_std=float(values.get("initializer_range") or 0.02),
-    )
+    try:
+        model = ModelConfig(
+            num_layers=values["num_hidden_layers"],
+            hidden_size=values["hidden_size"],
+            ffn_hidden_size=width,
+            num_attention_heads=values["num_attention_heads"],
+            num_query_groups=values.get("num_key_value_heads") or values["num_attention_heads"],
+            kv_channels=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
+            gated=architecture.gated,
+            vocab_size=values["vocab_size"],
+            max_position_embeddings=values["max_position_embeddings"],
+            norm_epsilon=float(values["rms_norm_eps"]),
+            rotary_base=theta,
+            rope_scaling=scaling,
+            qkv_bias=bias,
+            qk_norm=architecture.qk_norm,
+            tie_embeddings=bool(values["tie_word_embeddings"]),
+            init_std=float(values.get("initializer_range") or 0.02),
+        )
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise ConvertError(f"{path}: describes no model ({key} is {problem['input']!r}); repair it") from None
     return SourceModel(
         architecture=architecture,
         model=model,
@@ -176,15 +183,17 @@ def _with_defaults(path: Path, model_type: str, raw: dict[str, Any]) -> dict[str
     try:
         return dict(CONFIG_MAPPING[model_type].from_dict(known).to_dict())
     except Exception as error:  # transformers raises many types for a value that it does not like
-        raise ConvertError(f"{path}: transformers refuses it ({error}); repair the named key") from None
+        reason = " ".join(str(error).split())
+        raise ConvertError(f"{path}: transformers refuses it ({reason}); repair the named key") from None
 
 
 def _refuse_others(path: Path, values: dict[str, Any]) -> None:
     layers = values.get("layer_types") or []
-    if values.get("use_sliding_window") or any(kind != "full_attention" for kind in layers):
+    of_mistral = values["model_type"] == "mistral" and values.get("sliding_window") is not None
+    if of_mistral or values.get("use_sliding_window") or any(kind != "full_attention" for kind in layers):
+        key = "sliding_window" if of_mistral else "use_sliding_window"
         raise ConvertError(
-            f"{path}: sliding-window attention (use_sliding_window) is not supported; every layer here "
-            "attends to all earlier tokens"
+            f"{path}: sliding-window attention ({key}) is not supported; every layer here attends to all earlier tokens"
         )
     if values.get("quantization_config"):
         raise ConvertError(f"{path}: the weights are quantised (quantization_config); give the unquantised model")

@@ -6,6 +6,7 @@ eight bytes (the header's length, little-endian), the header (JSON: name -> dtyp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -22,6 +23,7 @@ from megasparse.hf.errors import ConvertError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -119,7 +121,8 @@ def _header(tensors: Sequence[Planned]) -> bytes:
 
 
 class WeightFiles:
-    """The weights of a model folder: safetensors, one file or several with an index, or pytorch_model.bin.
+    """The weights of a model folder: safetensors or PyTorch's own format, one file or several with an index. Where
+    there are more of these, the one that transformers takes.
 
     Raises ConvertError where files are missing, truncated or foreign.
     """
@@ -129,22 +132,22 @@ class WeightFiles:
         self.files: dict[str, str] = {}
         """Name of a tensor -> name of its file."""
         self._open: dict[str, Any] = {}
-        if (folder / INDEX).exists():
-            self.files = _weight_map(folder / INDEX)
-            for name in sorted(set(self.files.values())):
-                held = set(self._file(name).keys())
-                missing = [tensor for tensor, file in self.files.items() if file == name and tensor not in held]
-                if missing:
-                    raise ConvertError(
-                        f"{folder / name}: has no {missing[0]}, which {INDEX} places there; download the model again"
-                    )
-        else:
-            present = [name for name in (SINGLE, PICKLED) if (folder / name).exists()]
-            if not present:
-                raise ConvertError(
-                    f"{folder}: no weights there ({SINGLE}, {INDEX} or {PICKLED}); give the folder of a complete model"
-                )
+        present = [name for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if (folder / name).exists()]
+        if not present:
+            raise ConvertError(
+                f"{folder}: no weights there ({SINGLE}, {INDEX} or {PICKLED}); give the folder of a complete model"
+            )
+        if present[0] in (SINGLE, PICKLED):
             self.files = dict.fromkeys(self._file(present[0]).keys(), present[0])
+            return
+        self.files = _weight_map(folder / present[0])
+        for name in sorted(set(self.files.values())):
+            held = set(self._file(name).keys())
+            missing = [tensor for tensor, file in self.files.items() if file == name and tensor not in held]
+            if missing:
+                raise ConvertError(
+                    f"{folder / name}: has no {missing[0]}, which {present[0]} places there; download the model again"
+                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         handle = self._file(self.files[name])
@@ -184,16 +187,26 @@ def _open_file(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if path.name == PICKLED:
+        if path.suffix == ".bin":
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return {name: value for name, value in state.items() if isinstance(value, Tensor)}
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise ConvertError(f"{path}: missing; download the model again") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        if _is_pointer(path):
+            raise ConvertError(
+                f"{path}: a pointer of git-lfs, not the file; fetch it with `git lfs pull` in {path.parent}"
+            ) from None
         raise ConvertError(f"{path}: truncated or not a file of weights ({_line(error)}); download it again") from None
     except Exception as error:  # torch.load's UnpicklingError among others
         raise ConvertError(f"{path}: not a file of weights ({_line(error)}); download it again") from None
+
+
+def _is_pointer(path: Path) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs.github.com/spec/")
+    return False
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -97,7 +97,9 @@ def test_published_layout(tmp_path: Path) -> None:
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding"),
         ({"model_type": "llama", "rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "quantised"),
-        ({"model_type": "llama", "hidden_size": "wide"}, "transformers refuses it"),
+        ({"model_type": "mistral"}, "sliding-window attention .sliding_window. is not supported"),
+        ({"model_type": "llama", "num_hidden_layers": 0}, "describes no model .num_layers is 0.; repair it"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "transformers refuses it [^\n]*hidden_size[^\n]*got str"),
         ({"layers": 3}, "no model_type"),
     ],
 )

@@ -107,6 +107,20 @@ def test_megatron_computes_and_saves_the_same_at_any_layout(tmp_path: Path) -> N
         assert list(hash_tensors(tmp_path / name / "in")) == list(hash_tensors(tmp_path / name / "saved-again"))
 
 
+def test_mistral_without_a_window_comes_back_as_llama(tmp_path: Path) -> None:
+    """With heads of their own width, as Mistral Nemo has them."""
+    make_model("llama-wide-heads", tmp_path / "llama")
+    raw = json.loads((tmp_path / "llama/config.json").read_text())
+    settings = {**raw, "model_type": "mistral", "sliding_window": None, "hidden_act": "relu"}
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+    built.save_pretrained(tmp_path / "in")
+    convert_from_hf(FromHf(tmp_path / "in", tmp_path / "checkpoint"))
+    assert convert_to_hf(ToHf(tmp_path / "checkpoint", tmp_path / "out")).architecture == "LlamaForCausalLM"
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(built).__name__ == "MistralForCausalLM"
+    assert np.array_equal(logits_of(back, 64), logits_of(built, 64))
+
+
 def test_another_activation_becomes_relu_and_is_said(tmp_path: Path) -> None:
     built = make_model("qwen3", tmp_path / "in", activation="silu")
     result = convert_from_hf(FromHf(tmp_path / "in", tmp_path / "checkpoint"))

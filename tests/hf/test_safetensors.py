@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,35 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         WeightFiles(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ConvertError, match="not an index"):
+        WeightFiles(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
+    with pytest.raises(ConvertError, match=r"model\.safetensors: a pointer of git-lfs, .* `git lfs pull` in"):
+        WeightFiles(tmp_path)
+
+
+def test_of_two_sets_of_weights_the_one_is_read_that_transformers_takes(tmp_path: Path) -> None:
+    """An older index stays where a model is saved anew as one file."""
+    save_file({"a": torch.zeros(3)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    torch.save({"a": torch.full((3,), 2.0)}, tmp_path / "pytorch_model.bin")
+    assert WeightFiles(tmp_path).read("a").tolist() == [0, 0, 0]
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert WeightFiles(tmp_path).read("a").tolist() == [1, 1, 1]
+
+
+def test_pickled_weights_in_several_files(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"b": torch.ones(3)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    names = {name: f"pytorch_model-0000{i}-of-00002.bin" for i, name in enumerate("ab", 1)}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    files = WeightFiles(tmp_path)
+    assert (files.read("b").tolist(), files.read("a").tolist(), files.shape("b")) == ([1, 1, 1], [0, 0, 0], (3,))
+    (tmp_path / "pytorch_model-00001-of-00002.bin").unlink()
+    with pytest.raises(ConvertError, match=r"00001-of-00002\.bin: missing"):
         WeightFiles(tmp_path)
 
 
