@@ -52,8 +52,8 @@ def add_convert(commands: Any) -> None:
     back = directions.add_parser(
         "from-hf",
         help="import a transformers model as a checkpoint",
-        description="Llama, Mistral, Qwen2, Qwen3, Arcee, Apertus, and the published sparse checkpoints. The output is a "
-        "checkpoint for checkpoint.load at any parallel layout; OUTPUT/model.yaml is a configuration to build on.",
+        description="Llama, Mistral, Qwen2, Qwen3, Arcee, Apertus, and the published sparse checkpoints. The output is "
+        "a checkpoint for checkpoint.load at any parallel layout; OUTPUT/model.yaml is a configuration to build on.",
     )
     back.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
     _add_common(back)

@@ -55,11 +55,13 @@ def output_folder(
         ConvertError: the target exists, is among the inputs, is being written by another process, cannot be written,
             or does not fit on the disk.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link stays; what it points to is written, on the disk that it is on
     for path in inputs:
         source = path.resolve()
-        if source == target.resolve() or target.resolve() in source.parents:
+        if source == target or target in source.parents:
             raise ConvertError(f"{target}: is the input or a folder around it; choose another output")
+    if os.path.ismount(target):
+        raise ConvertError(f"{target}: a disk is mounted there, which no folder can replace; choose a folder in it")
     partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
     try:
         if old.exists() and not target.exists():  # a kill between the two renames

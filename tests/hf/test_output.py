@@ -81,6 +81,24 @@ def test_two_conversions_do_not_share_an_output(tmp_path: Path) -> None:
     assert (tmp_path / "out/mine").read_text() == "first"
 
 
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    for overwrite in (False, True, True):
+        with output_folder(tmp_path / "out", 0, overwrite) as place:
+            assert place.path.parent == tmp_path / "disk"
+            (place.path / "mine").write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert (sorted(os.listdir(tmp_path)), os.listdir(tmp_path / "disk")) == (["disk", "out"], ["out"])
+    assert (tmp_path / "disk/out/mine").read_text() == "new"
+
+
+def test_a_mounted_disk_is_refused_before_anything_is_written() -> None:
+    place = output_folder(Path("/proc"), 0, overwrite=True)
+    with pytest.raises(ConvertError, match="/proc: a disk is mounted there"), place:
+        raise AssertionError("nothing may be written")
+
+
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("old")
