@@ -47,6 +47,18 @@ def print_plan(
         console.print(str(error), markup=False)
 
 
+def opening_line(cfg: Config, world_size: int, parameters: int, gpu: str | None) -> str:
+    """What a run is, in one line, for its start. `gpu`: the model of its GPUs; None: it runs on CPUs."""
+    parallel, training = cfg.parallel, cfg.training
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    layout = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context} x DP {data}"
+    where = gpu or "CPUs" + (", where every layer runs dense" if cfg.sparsity.path == "auto" else "")
+    return (
+        f"{cfg.run.name}: {parameters / 1e6:,.1f} M parameters, {layout} on {where}; {training.steps:,} steps of "
+        f"{training.global_batch_size} x {cfg.data.sequence_length} tokens; writes to {cfg.run_directory}"
+    )
+
+
 def resolved_lines(loaded: LoadedConfig) -> list[str]:
     """The resolved configuration as YAML lines, each value with a comment that says which layer set it."""
     lines: list[str] = []

@@ -18,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megasparse.config import Config, ConfigError, Problem, dump_config
 from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
+from megasparse.plan_text import opening_line
 from megasparse.training import checkpoint_files
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer
@@ -329,6 +330,8 @@ def start(
     if first:  # not before: where the run is refused, the file stays that of the checkpoints
         with contextlib.suppress(OSError):
             (cfg.run_directory / "config.yaml").write_text(dump_config(cfg))
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        log.info(opening_line(cfg, launch.world_size, state.parameters, gpu))
         if state.step >= cfg.training.steps:
             log.info(
                 "nothing to do: training.steps is %d, and the run has done %d; set more of them to go on, or another "
