@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import resource
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -96,6 +97,8 @@ class StepLoader:
             last_sample,
         )
         workers = cfg.data.num_workers
+        if workers:
+            _allow_open_files()
         self._loader = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -139,6 +142,15 @@ class StepLoader:
         shutdown = getattr(self._batches, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
+
+
+def _allow_open_files() -> None:
+    """Raises the limit of open files, which the workers inherit, to what the system allows.
+
+    Every tensor on its way from a worker holds one open, so a step of 256 micro-batches needs more than the usual 1024.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def make_micro_batch(cfg: Config, sample: dict[str, torch.Tensor], device: torch.device) -> MicroBatch:

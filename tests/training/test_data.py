@@ -30,13 +30,18 @@ def test_every_layout_takes_the_same_samples_in_each_step(ranks: int, micro: int
         assert sorted(taken) == list(range(8 + step * batch, 8 + (step + 1) * batch))
 
 
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, without process groups."""
+    for name, value in (("rank", 0), ("world_size", 1)):
+        for group in ("data", "context"):
+            monkeypatch.setattr(parallel_state, f"get_{group}_parallel_{name}", lambda value=value: value)
+
+
 def test_reading_ahead_gives_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("tokens", "labels", "loss_mask", "position_ids")
     dataset = [{name: torch.full((4,), index) for name in names} for index in range(10)]
     data = configuration(Path("run"), "data", training={"micro_batch_size": 2, "global_batch_size": 4})
-    for name, value in (("rank", 0), ("world_size", 1)):
-        for group in ("data", "context"):
-            monkeypatch.setattr(parallel_state, f"get_{group}_parallel_{name}", lambda value=value: value)
+    alone(monkeypatch)
     loader = StepLoader(parse_config(data), dataset, 0, 10, 1, torch.device("cpu"))
 
     def step() -> list[int]:
@@ -49,6 +54,23 @@ def test_reading_ahead_gives_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> 
     loader.look_ahead()  # two samples are left: no whole step
     with pytest.raises(StopIteration):
         step()
+
+
+def test_a_step_of_many_micro_batches_finds_files_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pipeline parallelism it has hundreds, each of four tensors, which hold a file open on their way."""
+    alone(monkeypatch)
+    sections: dict[str, Any] = {"training": {"global_batch_size": 100}, "data": {"num_workers": 1}}
+    dataset = [dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), torch.zeros(4)) for _ in range(100)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        loader = StepLoader(
+            parse_config(configuration(Path("run"), "data", **sections)), dataset, 0, 100, 1, torch.device("cpu")
+        )
+        assert len(loader.next_step()) == 100
+        loader.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_document_mask() -> None:
