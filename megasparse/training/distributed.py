@@ -6,6 +6,7 @@ Who this process is in the job: `launch_environment.read_environment`.
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import random
 
@@ -18,8 +19,8 @@ from megasparse.config import Config
 from megasparse.training.launch_environment import Launch, LaunchError, expand_nodelist, read_environment
 
 __all__ = [
-    "Launch", "LaunchError", "device_of", "expand_nodelist", "initialize", "read_environment", "seed_everything",
-    "shut_down",
+    "Launch", "LaunchError", "device_of", "expand_nodelist", "initialize", "read_environment",
+    "say_once_for_each_layer", "seed_everything", "shut_down",
 ]  # fmt: skip
 
 _joined: list[str] = []
@@ -117,6 +118,13 @@ def seed_everything(cfg: Config) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def say_once_for_each_layer() -> None:
+    """What is logged of a layer is logged by one of the ranks that have it, as all of them decide the same."""
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    if parallel_state.get_tensor_model_parallel_rank() or replica:
+        logging.getLogger("megasparse.mlp").setLevel(logging.WARNING)
 
 
 def _make_deterministic() -> None:

@@ -26,7 +26,7 @@ from megasparse.training.checkpoint_files import CheckpointError
 from megasparse.training.data import DataChangedError, StepLoader, check_probes, data_probes
 from megasparse.training.datasets import Datasets, build_datasets
 from megasparse.training.dead_neurons import forget_inputs, reinit_is_due, reinitialise, watch_inputs
-from megasparse.training.distributed import Launch, initialize, read_environment, shut_down
+from megasparse.training.distributed import Launch, initialize, read_environment, say_once_for_each_layer, shut_down
 from megasparse.training.evaluate import run_validation
 from megasparse.training.heartbeat import Heartbeat
 from megasparse.training.l1 import L1Controller
@@ -264,6 +264,7 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     launch = read_environment()
     cfg.validate(launch.world_size)
     device = initialize(cfg, launch)
+    say_once_for_each_layer()
     first = launch.rank == 0
     with StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None) as stop:
         run = start(cfg, launch, device, stop, callbacks)

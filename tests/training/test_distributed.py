@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
+from megatron.core import parallel_state
 
-from megasparse.training.distributed import LaunchError, expand_nodelist, read_environment
+from megasparse.training.distributed import LaunchError, expand_nodelist, read_environment, say_once_for_each_layer
+from tests.launch import run_distributed
 
 SRUN = {
     "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
@@ -62,3 +65,19 @@ def test_contradictions_are_named(env: dict[str, str], message: str) -> None:
 )
 def test_nodelist(text: str, hosts: Any) -> None:
     assert expand_nodelist(text) == hosts
+
+
+def speaks(tensor: int, pipeline: int) -> bool:
+    """Whether this rank logs what happens to its layers."""
+    log = logging.getLogger("megasparse.mlp")
+    log.setLevel(logging.INFO)
+    parallel_state.initialize_model_parallel(tensor, pipeline)
+    say_once_for_each_layer()
+    return log.isEnabledFor(logging.INFO)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"), [((2, 1), [True, False]), ((1, 2), [True, True]), ((1, 1), [True, False])]
+)
+def test_one_rank_of_each_stage_speaks_for_its_layers(layout: tuple[int, int], expected: list[bool]) -> None:
+    assert run_distributed(2, "tests.training.test_distributed:speaks", *layout) == expected
