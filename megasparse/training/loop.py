@@ -33,6 +33,7 @@ from megasparse.training.l1 import L1Controller
 from megasparse.training.layer_stats import LayerCounter, LayerCounts
 from megasparse.training.optimizer import build_optimizer, not_finite_gradients, wrap_in_ddp
 from megasparse.training.own_time import OwnTime
+from megasparse.training.run_lock import RunLock
 from megasparse.training.schedule import LearningRate
 from megasparse.training.signals import (
     EXIT_DONE,
@@ -257,7 +258,7 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
         the process's exit code: see `signals.py`.
 
     Raises:
-        ConfigError, LaunchError, CheckpointError, DataChangedError: with a message that says what to do.
+        ConfigError, LaunchError, RunLockedError, CheckpointError, DataChangedError: what is wrong and what to do.
     """
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
@@ -266,7 +267,8 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     device = initialize(cfg, launch)
     say_once_for_each_layer()
     first = launch.rank == 0
-    with StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None) as stop:
+    watcher = StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None)
+    with RunLock(cfg.run_directory), watcher as stop:
         run = start(cfg, launch, device, stop, callbacks)
         with run.heartbeat:
             try:

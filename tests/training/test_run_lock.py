@@ -1,0 +1,49 @@
+"""Two starts in one run directory, and the lock of a run that was killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megasparse.training.run_lock import RunLock, RunLockedError
+from tests.launch import run_distributed
+from tests.training.forked import ROOT
+
+HOLDER = """
+import sys, time, torch.distributed as dist
+from pathlib import Path
+from megasparse.training.run_lock import RunLock
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+with RunLock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def enter(directory: str, patience: float) -> str:
+    """What stands in the way of a run there, if anything; else the lock is taken and freed twice."""
+    try:
+        for _ in range(2):
+            with RunLock(Path(directory), patience):
+                pass
+    except RunLockedError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_second_run_waits_then_ends_and_a_killed_one_leaves_no_lock(world: int, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        for problem in run_distributed(world, "tests.training.test_run_lock:enter", str(tmp_path / "run"), 0.5):
+            assert f"run: process {holder.pid} on " in problem
+            assert "choose another run.name" in problem
+        holder.kill()
+    assert run_distributed(world, "tests.training.test_run_lock:enter", str(tmp_path / "run"), 10.0) == [""] * world
