@@ -8,6 +8,7 @@ the type's own `exit_code` where trying again may help: launchers do not try a m
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -233,6 +234,7 @@ def _preprocess(args: argparse.Namespace) -> int:
         skip_damaged=args.skip_damaged,
         overwrite=args.overwrite,
     )
+    _quiet_megatron()
     with show_progress() as progress:
         result = preprocess(options, progress)
     print(
@@ -249,9 +251,10 @@ def _preprocess(args: argparse.Namespace) -> int:
 
 def _quiet_megatron() -> None:
     """Megatron warns of absent optional packages, from every rank; `megasparse doctor` says it once, with the cost.
-    And torch warns of what Megatron's checkpoints use of it."""
+    And torch warns of what Megatron's checkpoints use of it, and on a login node of a compiler without a GPU."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _pretrain(args: argparse.Namespace) -> int:

@@ -155,6 +155,12 @@ def test_without_an_answer_from_the_server_the_run_goes_on_offline(tmp_path: Pat
     assert len(OfflineRun(offline_runs(tmp_path)[0]).history) == 2
 
 
+def test_a_run_does_not_rely_on_the_process_of_wandb_of_the_program_that_started_it(tmp_path: Path) -> None:
+    result = run_apart("session(Path(sys.argv[1]), 1, 2)", tmp_path, WANDB_SERVICE="3-1-unix-/tmp/none/socket")
+    assert result.returncode == 0, result.stderr
+    assert len(OfflineRun(offline_runs(tmp_path)[0]).history) == 2
+
+
 def test_a_run_outlives_the_process_of_wandb(tmp_path: Path) -> None:
     """The kernel may choose it when memory is short; every later call to W&B fails then."""
     script = (

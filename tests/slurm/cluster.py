@@ -114,7 +114,11 @@ class Cluster:
         self._stopping = threading.Event()
         self._hastener = threading.Thread(target=self._hasten, daemon=True)
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM_", "SBATCH_", "WANDB_"))
+            },
             "SLURM_CONF": str(self.root / "slurm.conf"),
         }
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -85,6 +86,8 @@ class WandbSink:
         }
         settings = {"silent": True, "console": "off", "disable_git": True, "git_commit": git_commit}
         self._run: Any = None
+        # W&B's process of the program that started this one, which may have ended it: this run gets its own.
+        os.environ.pop(wandb.env.SERVICE, None)
         if mode == "online":
             self._run = self._start_online(arguments, settings, previous, resumed_step)
         if self._run is None:
