@@ -59,8 +59,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         hint = "see megasparse COMMAND --help"
-        if hasattr(args, "overrides") and "." in rest[0].partition("=")[0]:
-            hint = f"keys of the configuration take no dashes: {rest[0].lstrip('-').partition('=')[0]}=VALUE"
+        key = rest[0].partition("=")[0].lstrip("-")
+        if hasattr(args, "overrides") and "." in key:
+            hint = f"keys of the configuration take no dashes: {key}=VALUE"
         parser.error(f"unrecognized arguments: {' '.join(rest)} ({hint})")
     if rest:
         args.overrides = [*args.overrides, *rest]

@@ -50,7 +50,7 @@ def print_plan(
 def opening_line(cfg: Config, world_size: int, parameters: int, gpu: str | None) -> str:
     """What a run is, in one line, for its start. `gpu`: the model of its GPUs; None: it runs on CPUs."""
     parallel, training = cfg.parallel, cfg.training
-    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    data = parallel.data_parallel_size(world_size)
     layout = f"TP {parallel.tensor} x PP {parallel.pipeline} x CP {parallel.context} x DP {data}"
     where = gpu or "CPUs" + (", where every layer runs dense" if cfg.sparsity.path == "auto" else "")
     return (

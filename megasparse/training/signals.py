@@ -2,10 +2,9 @@
 
 A run stops early when any rank received SIGTERM, SIGUSR1 (SLURM's `--signal=USR1@120`, preemption) or SIGINT (Ctrl-C;
 a second one ends it at once), when the time limit of the configuration or of the SLURM job is near, or when a file
-called `stop` appears in the run directory
-(`touch runs/<name>/stop`: for launchers which do not pass signals on, torchrun among them). Every rank reports what
-it saw, in the same collective that reduces the loss; so all ranks take the same decision in the same step, save a
-checkpoint and leave.
+called `stop` appears in the run directory (`touch runs/<name>/stop`: for launchers which do not pass signals on,
+torchrun among them). Every rank reports what it saw, in the same collective that reduces the loss; so all ranks take
+the same decision in the same step, save a checkpoint and leave.
 
 Exit codes of `megasparse pretrain` (torchrun replaces them by 1; the file `exit.json` in the run directory says the
 same under every launcher):
