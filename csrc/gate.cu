@@ -171,11 +171,13 @@ __device__ __forceinline__ void pack_rows(const Args& p, const Shared& s, uint8_
   uint8_t* own_slot = slots + lane / 4 * kSlotBytes;  // the lane's second row's is 8 slots on
   // What this lane copies out: every other 16 bytes of the slots of row lane / 2.
   const int64_t out_slot = (static_cast<int64_t>(at.token_tile) * kTokens + first_row + lane / 2) * p.words + at.first_word;
+  // Of the lane's first row on, so many tokens are left.
+  const int64_t tokens = p.rows.sequences * int64_t{p.rows.length} - at.token_tile * kTokens - first_row - lane / 4;
   uint32_t kept[kTiles][2];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const int word = at.first_word + tile;
-    // Positions beyond H multiply zeros, which make NaN of infinite inputs.
+    // Positions beyond H, and rows beyond M, multiply zeros, which make NaN of infinite inputs and weights.
     const int64_t rest = p.h - static_cast<int64_t>(word) * kTile - quad_lane * 16;
     const uint32_t inside = rest >= 16 ? 0xFFFFu : rest <= 0 ? 0u : (1u << rest) - 1;
     const uint8_t* values = s.result[tile] + offset;
@@ -187,7 +189,7 @@ __device__ __forceinline__ void pack_rows(const Args& p, const Shared& s, uint8_
       const uint32_t halves[8] = {nonzero_halves(low.x),  nonzero_halves(low.y),  nonzero_halves(low.z),
                                   nonzero_halves(low.w),  nonzero_halves(high.x), nonzero_halves(high.y),
                                   nonzero_halves(high.z), nonzero_halves(high.w)};
-      kept[tile][half] = nonzero_bits(halves) & inside;
+      kept[tile][half] = half * 8 < tokens ? nonzero_bits(halves) & inside : 0;
     }
     const uint32_t counts = __popc(kept[tile][0]) | __popc(kept[tile][1]) << 16;
     const uint32_t before = quad_exclusive_sum(counts, quad_lane);

@@ -86,6 +86,13 @@ def test_nan_and_infinity() -> None:
     assert torch.isinf(g[0]).any()
 
 
+def test_broken_weights_make_no_token_active_that_does_not_exist() -> None:
+    x, weight = inputs(1000, 256, 1000)
+    weight[17, 3], weight[400, 0] = float("nan"), float("inf")
+    g = check(x, weight, None)
+    assert torch.isnan(g[:, 17]).all()
+
+
 def test_flag_turns_it_off() -> None:
     x, weight = inputs(300, 64, 256)
     mask, arena = run_gate(x, weight, None, torch.zeros((), dtype=torch.int32, device="cuda"))
