@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.mlp import MainGrads, MLPOutput, Path
-from megasparse.mlp.functional import Call, prepare, run_forward, stats_of
-from megasparse.mlp.steps import BackwardCall, BackwardSteps
+from megasparse.mlp import MainGrads, MLPOutput, Path, steps
+from megasparse.mlp.call import Call, prepare, run_forward, stats_of
 
 
 def tensor_parallel_mlp(
@@ -64,41 +63,27 @@ class _TensorParallelMLP(torch.autograd.Function):
         order: Tensor | None,
         main_grads: MainGrads | None,
     ) -> tuple[Tensor, ...]:
-        y, l1, *stats_and_saved = run_forward(call, w_in, w_down, order, True, main_grads)
-        stats, saved = stats_and_saved[:3], stats_and_saved[3:]
-        ctx.mark_non_differentiable(*stats)
-        ctx.set_materialize_grads(False)
-        ctx.group, ctx.path, ctx.sequences = group, call.path, call.sequences
+        ctx.group = group
         ctx.gathered = call.tokens.numel() != part.numel()
-        ctx.save_for_backward(part, w_in, w_down, call.token_mask, order, *saved)
-        # Not saved tensors: other micro-batches add to them between this forward and its backward.
-        ctx.main_grads = main_grads
-        return y, l1, *stats
+        return steps.forward(ctx, part, w_in, w_down, call, order, main_grads)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        part, w_in, w_down, token_mask, order, *saved = ctx.saved_tensors
+        part, backward = steps.recall(ctx, dy, dl1)
         group, shape = ctx.group, list(part.shape)
-        gathering = None
         if ctx.gathered:
             x = part.new_empty([shape[0] * group.size(), *shape[1:]])
             gathering = torch.distributed.all_gather_into_tensor(x, part.contiguous(), group=group, async_op=True)
-        else:
-            x = part.contiguous()
-        x_rows = x.view(-1, shape[-1])
-        dy = torch.zeros_like(x) if dy is None else dy
-        dy_rows = dy.reshape(x_rows.shape).contiguous()
-        call = BackwardCall(dy_rows, dl1, w_in, w_down, token_mask, order, ctx.sequences, ctx.path, saved)
-        steps = BackwardSteps(call)
-        if gathering is None:
-            dx = d_part = steps.input_gradient(x_rows)
-            reduction = torch.distributed.all_reduce(dx, group=group, async_op=True)
-        else:
-            dx = steps.input_gradient(None)
+            x_rows = x.view(-1, shape[-1])
+            dx = backward.input_gradient(None)
             gathering.wait()
-            steps.complete_input_gradient(x_rows)
+            backward.complete_input_gradient(x_rows)
             d_part = part.new_empty(shape)
             reduction = torch.distributed.reduce_scatter_tensor(d_part, dx.view(x.shape), group=group, async_op=True)
-        dw_in, dw_down = steps.weight_gradients(x_rows, ctx.main_grads)
+        else:
+            x_rows = part.contiguous().view(-1, shape[-1])
+            dx = d_part = backward.input_gradient(x_rows)
+            reduction = torch.distributed.all_reduce(dx, group=group, async_op=True)
+        dw_in, dw_down = backward.weight_gradients(x_rows, ctx.main_grads)
         reduction.wait()
         return d_part.view(shape), dw_in, dw_down, *(None,) * 4

@@ -76,20 +76,25 @@ def note_dense(reason: str) -> None:
 
 def register(forward: Any, input_gradient: Any, input_gradient_again: Any, weight_gradients: Any) -> None:
     """Give the operators of `sparse.py` their CUDA implementation."""
-    forward.register_kernel("cuda")(_forward)
-    input_gradient.register_kernel("cuda")(_input_gradient)
-    input_gradient_again.register_kernel("cuda")(_input_gradient_again)
-    weight_gradients.register_kernel("cuda")(_weight_gradients)
+    forward.register_kernel("cuda", _forward)
+    input_gradient.register_kernel("cuda", _input_gradient)
+    input_gradient_again.register_kernel("cuda", _input_gradient_again)
+    weight_gradients.register_kernel("cuda", _weight_gradients)
 
 
-def _launch(kernels: str, device: torch.device, *arguments: Any) -> Any:
-    """Calls one of `csrc/binding.cpp`'s operators on the current stream of a device."""
+@functools.cache
+def _kernels(name: str) -> Any:
+    """One of `csrc/binding.cpp`'s operators."""
     from megasparse.mlp import build
 
     build.load()
+    return getattr(torch.ops.megasparse_kernels, name).default
+
+
+def _launch(name: str, device: torch.device, *arguments: Any) -> Any:
+    """Calls one of the operators on the current stream of a device."""
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return getattr(torch.ops.megasparse_kernels, kernels)(*arguments, stream)
+        return _kernels(name)(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
 def _forward(

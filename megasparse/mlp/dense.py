@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megasparse.mlp import dense_elementwise as elementwise
+from megasparse.mlp.operator import operator
 
 
 def _accumulate_product(main: Tensor, a: Tensor, b: Tensor) -> None:
@@ -35,7 +36,7 @@ def weight_gradient(a: Tensor, b: Tensor, main: Tensor | None) -> Tensor:
     return a.new_empty(0)
 
 
-@torch.library.custom_op("megasparse::mlp_dense_forward", mutates_args=())
+@operator("megasparse::mlp_dense_forward")
 def dense_forward(
     x: Tensor,
     w_in: Tensor,
@@ -57,7 +58,7 @@ def dense_forward(
     return h @ w_down, l1, counts, fired, tile_counts, a if save else a.new_empty(0)
 
 
-@dense_forward.register_fake
+@dense_forward.custom.register_fake
 def _(
     x: Tensor,
     w_in: Tensor,
@@ -79,7 +80,7 @@ def fake_outputs(x: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return x.new_empty(x.shape), l1, counts, fired, x.new_empty(w_down.shape[0], dtype=torch.int32)
 
 
-@torch.library.custom_op("megasparse::mlp_dense_input_gradient", mutates_args=())
+@operator("megasparse::mlp_dense_input_gradient")
 def dense_input_gradient(
     dy: Tensor, dl1: Tensor | None, w_in: Tensor, w_down: Tensor, token_mask: Tensor | None, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,14 +89,14 @@ def dense_input_gradient(
     return da @ w_in, h, da
 
 
-@dense_input_gradient.register_fake
+@dense_input_gradient.custom.register_fake
 def _(
     dy: Tensor, dl1: Tensor | None, w_in: Tensor, w_down: Tensor, token_mask: Tensor | None, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return dy.new_empty(dy.shape), dy.new_empty(dy.shape[0], w_down.shape[0]), a.new_empty(a.shape)
 
 
-@torch.library.custom_op("megasparse::mlp_dense_weight_gradients", mutates_args=("main_w_in", "main_w_down"))
+@operator("megasparse::mlp_dense_weight_gradients", mutates_args=("main_w_in", "main_w_down"))
 def dense_weight_gradients(
     dy: Tensor, x: Tensor, h: Tensor, da: Tensor, main_w_in: Tensor | None, main_w_down: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,7 @@ def dense_weight_gradients(
     return weight_gradient(da, x, main_w_in), weight_gradient(h, dy, main_w_down)
 
 
-@dense_weight_gradients.register_fake
+@dense_weight_gradients.custom.register_fake
 def _(
     dy: Tensor, x: Tensor, h: Tensor, da: Tensor, main_w_in: Tensor | None, main_w_down: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -141,4 +142,4 @@ def _backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple
     return dx, None if added else dw_in, None if added else dw_down, None, None, None, None, None
 
 
-dense_forward.register_autograd(_backward, setup_context=_setup_context)
+dense_forward.custom.register_autograd(_backward, setup_context=_setup_context)

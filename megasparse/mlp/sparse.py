@@ -23,6 +23,7 @@ from torch import Tensor
 from megasparse.mlp import cuda
 from megasparse.mlp.dense import fake_outputs, fake_weight_gradients
 from megasparse.mlp.dense_elementwise import statistics, sum_dtype
+from megasparse.mlp.operator import operator
 from megasparse.mlp.token_order import by_position, by_sequence, mask_by_sequence
 from megasparse.mlp.twell import (
     POSITION_TILE,
@@ -68,7 +69,7 @@ def _gate_and_up(x: Tensor, w_in: Tensor, hidden: int, order: Tensor) -> tuple[P
     return pattern, lists, g, pack(up, pattern)
 
 
-@torch.library.custom_op("megasparse::mlp_sparse_forward", mutates_args=(), device_types="cpu")
+@operator("megasparse::mlp_sparse_forward", device_types="cpu")
 def sparse_forward(
     x: Tensor,
     w_in: Tensor,
@@ -123,7 +124,7 @@ def _fit(values: Tensor, capacity: int) -> Tensor:
     return buffer
 
 
-@sparse_forward.register_fake
+@sparse_forward.custom.register_fake
 def _(
     x: Tensor,
     w_in: Tensor,
@@ -164,7 +165,7 @@ def _overflowed(saved: list[Tensor]) -> bool:
     return int(Pattern(*saved[:3]).row_ptr[-1]) > saved[6].numel()
 
 
-@torch.library.custom_op("megasparse::mlp_sparse_input_gradient", mutates_args=(), device_types="cpu")
+@operator("megasparse::mlp_sparse_input_gradient", device_types="cpu")
 def sparse_input_gradient(
     dy: Tensor,
     dl1: Tensor | None,
@@ -240,7 +241,7 @@ def _input_gradient(
     return [by_position(dx, sequences), *(_fit(pack(value, pattern), entries) for value in values)]
 
 
-@sparse_input_gradient.register_fake
+@sparse_input_gradient.custom.register_fake
 def _(
     dy: Tensor,
     dl1: Tensor | None,
@@ -256,9 +257,7 @@ def _(
     return [dy.new_empty(dy.shape), *(dy.new_empty(_padded_entries(dy, w_down)) for _ in range(values))]
 
 
-@torch.library.custom_op(
-    "megasparse::mlp_sparse_input_gradient_again", mutates_args=("dx", "h", "du", "dg"), device_types="cpu"
-)
+@operator("megasparse::mlp_sparse_input_gradient_again", mutates_args=("dx", "h", "du", "dg"), device_types="cpu")
 def sparse_input_gradient_again(
     dy: Tensor,
     dl1: Tensor | None,
@@ -284,9 +283,7 @@ def sparse_input_gradient_again(
         output.copy_(result)
 
 
-@torch.library.custom_op(
-    "megasparse::mlp_sparse_weight_gradients", mutates_args=("main_w_in", "main_w_down"), device_types="cpu"
-)
+@operator("megasparse::mlp_sparse_weight_gradients", mutates_args=("main_w_in", "main_w_down"), device_types="cpu")
 def sparse_weight_gradients(
     dy: Tensor,
     x: Tensor,
@@ -324,7 +321,7 @@ def sparse_weight_gradients(
     )
 
 
-@sparse_weight_gradients.register_fake
+@sparse_weight_gradients.custom.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
@@ -362,5 +359,5 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     return dx, None if added else dw_in, None if added else dw_down, *(None,) * 7
 
 
-sparse_forward.register_autograd(_backward, setup_context=_setup_context)
+sparse_forward.custom.register_autograd(_backward, setup_context=_setup_context)
 cuda.register(sparse_forward, sparse_input_gradient, sparse_input_gradient_again, sparse_weight_gradients)

@@ -1,17 +1,17 @@
-"""The backward of `sparse_mlp` in steps, without autograd: for callers that communicate between them.
+"""The MLP within a `torch.autograd.Function`: its forward, and its backward in steps for who communicates between them.
 
-    input_gradient -> complete_input_gradient (x) -> weight_gradients (x)
+    forward -> recall -> input_gradient -> complete_input_gradient (x) -> weight_gradients (x)
 
-Up to the second step x need not be there, so that it can be on its way from other ranks meanwhile; during the third,
-the gradient of x can be on its way to them (`megasparse/megatron/tensor_parallel.py`).
+Up to `complete_input_gradient` x need not be there, so that it can be on its way from other ranks meanwhile; during the
+last, the gradient of x can be on its way to them (`megasparse/megatron/tensor_parallel.py`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from megasparse.mlp.call import Call, Path, run_forward
 from megasparse.mlp.dense import dense_input_gradient, dense_weight_gradients
-from megasparse.mlp.functional import Path
 from megasparse.mlp.sparse import (
     sparse_input_gradient,
     sparse_input_gradient_again,
@@ -32,10 +32,10 @@ class BackwardCall(NamedTuple):
     token_mask: Tensor | None
     order: Tensor | None
     sequences: int
-    """As `functional.Call` has them, and so is `path`."""
+    """As `call.Call` has them, and so is `path`."""
     path: Path
     saved: list[Tensor]
-    """What `functional.run_forward` returned after the five outputs."""
+    """What `call.run_forward` returned after the five outputs."""
 
 
 class BackwardSteps:
@@ -85,3 +85,26 @@ class BackwardSteps:
                 call.dy, x, call.w_in, call.w_down, call.order, call.sequences, call.saved[:3], self._values, *main
             )
         return (dw_in, dw_down) if main_grads is None else (None, None)
+
+
+def forward(
+    ctx: Any, kept: Tensor, w_in: Tensor, w_down: Tensor, call: Call, order: Tensor | None, main_grads: MainGrads | None
+) -> tuple[Tensor, ...]:
+    """y, l1, counts, fired, tile_counts; `ctx` keeps what `recall` needs, and of x only `kept`, a part or all of it."""
+    y, l1, *stats_and_saved = run_forward(call, w_in, w_down, order, True, main_grads)
+    stats, saved = stats_and_saved[:3], stats_and_saved[3:]
+    ctx.mark_non_differentiable(*stats)
+    ctx.set_materialize_grads(False)
+    ctx.path, ctx.sequences, ctx.shape = call.path, call.sequences, call.tokens.shape
+    ctx.save_for_backward(kept, w_in, w_down, call.token_mask, order, *saved)
+    # Not saved tensors: other micro-batches add to them between this forward and its backward.
+    ctx.main_grads = main_grads
+    return y, l1, *stats
+
+
+def recall(ctx: Any, dy: Tensor | None, dl1: Tensor | None) -> tuple[Tensor, BackwardSteps]:
+    """What `forward` kept of x, and the steps of its backward for these gradients of y [M, D] and l1."""
+    kept, w_in, w_down, token_mask, order, *saved = ctx.saved_tensors
+    dy = kept.new_zeros(ctx.shape) if dy is None else dy.contiguous()
+    call = BackwardCall(dy, dl1, w_in, w_down, token_mask, order, ctx.sequences, ctx.path, saved)
+    return kept, BackwardSteps(call)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megasparse.mlp import MainGrads, sparse_mlp
-from megasparse.mlp.functional import prepare, run_forward
+from megasparse.mlp.call import prepare, run_forward
 from megasparse.mlp.steps import BackwardCall, BackwardSteps
 from tests.mlp.patterns import Case, make_case
 
