@@ -89,7 +89,9 @@ def transformer_config(cfg: Config) -> TransformerConfig:
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=cuda and _grad_accum_fusion_available,
         cross_entropy_loss_fusion=cuda,
-        bias_dropout_fusion=cuda,
+        # For a dropout alone: without one, a residual is one addition, and torch.compile, by which Megatron fuses,
+        # takes the host ten times as long to call as that.
+        bias_dropout_fusion=cuda and model.hidden_dropout > 0,
         apply_rope_fusion=use_te,
         deterministic_mode=training.deterministic,
         recompute_granularity=None if training.recompute == "none" else training.recompute,

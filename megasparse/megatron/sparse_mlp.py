@@ -102,6 +102,7 @@ class SparseMLP(MegatronModule):
         # Plain attributes, not buffers: no checkpoint holds them and `model.bfloat16()` leaves them alone.
         self.l1_coeff = torch.tensor(float(l1_coeff), dtype=torch.float32, device=device)
         """fp32 [] on the device: write to it in place to change the coefficient without a synchronisation."""
+        self._share: tuple[int, Tensor] | None = None
         self.recorder = LayerStats(hidden, device)
         self.input_moments: InputMoments | None = None
         """Where training steps count their inputs, while somebody wants to know."""
@@ -158,6 +159,8 @@ class SparseMLP(MegatronModule):
         if torch.is_grad_enabled() and y.requires_grad:
             count = partial(self.recorder.add, out.stats, out.l1.detach()) if self.training else None
             y = AttachL1.apply(y, out.l1, self._l1_scale(out.stats.tokens), count)
+        if self.tp_group.size() == 1:
+            return y, None
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(y, group=self.tp_group), None
@@ -186,9 +189,16 @@ class SparseMLP(MegatronModule):
             )
         return ~mask.t()
 
+    def _layer_coefficient(self) -> Tensor:
+        """fp32 []: this layer's share of the coefficient; divided anew when that has been written to."""
+        version = self.l1_coeff._version
+        if self._share is None or self._share[0] != version:
+            self._share = version, self.l1_coeff / self.l1_layers
+        return self._share[1]
+
     def _l1_scale(self, tokens: Tensor) -> Tensor:
         """fp32 []: the gradient of the loss, as Megatron scales it, by this layer's sum of |h|."""
-        scale = self.l1_coeff / self.l1_layers
+        scale = self._layer_coefficient()
         if not self.config.calculate_per_token_loss:
             scale = scale / (tokens.clamp(min=1) * _microbatches())
         if self.config.grad_scale_func is not None:

@@ -13,56 +13,45 @@ class LayerStats:
 
     Under tensor parallelism each rank holds its own neurons and sees the same tokens: `active`, `l1`, `union` add up
     over the tensor-parallel group, `tokens` and `tiles` are the same on all of it, per-neuron tensors are shards in
-    order of rank. Over data- and context-parallel ranks all sums add up, `fired` is any, `steps_since_fired` is the
-    minimum.
+    order of rank. Over data- and context-parallel ranks all sums add up, `steps_since_fired` is the minimum.
     """
 
     def __init__(self, hidden: int, device: torch.device | str | int) -> None:
-        def zero(dtype: torch.dtype) -> Tensor:
-            return torch.zeros((), dtype=dtype, device=device)
-
-        self.tokens = zero(torch.int64)
-        """int64 []: counted tokens."""
-        self.active = zero(torch.int64)
-        """int64 []: sum over counted tokens of neurons with a non-zero gate."""
-        self.l1 = zero(torch.float64)
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        """int64 [4]: `tokens`, `active`, `union`, `tiles`, side by side as `MLPStats` has them."""
+        # Its elements, made once: a view costs the host as much as a launch.
+        self.tokens, self.active, self.union, self.tiles = self.counts.unbind()
+        """int64 [] each: counted tokens; sum over them of neurons with a non-zero gate; sum over 128-token tiles of the
+        neurons active for any token of the tile; number of those tiles."""
+        self.l1 = torch.zeros((), dtype=torch.float64, device=device)
         """fp64 []: sum over counted tokens and neurons of |h|."""
-        self.union = zero(torch.int64)
-        """int64 []: sum over 128-token tiles of the neurons active for any token of the tile."""
-        self.tiles = zero(torch.int64)
-        """int64 []: number of 128-token tiles."""
         self.tile_counts = torch.zeros(hidden, dtype=torch.int64, device=device)
         """int64 [H / tp]: 128-token tiles in which the neuron was active: what `LayerRouter` orders neurons by."""
         self.fired = torch.zeros(hidden, dtype=torch.bool, device=device)
-        """bool [H / tp]: the neuron fired for a counted token since the last `reset`."""
+        """bool [H / tp]: the neuron fired for a counted token in the training step under way, whatever is reset."""
         self.steps_since_fired = torch.zeros(hidden, dtype=torch.int32, device=device)
         """int32 [H / tp]: ended training steps since the neuron last fired; `reset` leaves it alone."""
-        self._fired_this_step = torch.zeros(hidden, dtype=torch.bool, device=device)
 
     @torch.no_grad()
     def add(self, stats: MLPStats, l1: Tensor, *, training: bool = True) -> None:
         """Count one micro-batch. `training` False (validation): it is no sign of life for dead-neuron counts."""
-        self.tokens += stats.tokens
-        self.active += stats.active
+        self.counts += stats.counts
         self.l1 += l1.detach()
-        self.union += stats.union
-        self.tiles += stats.tiles
         self.tile_counts += stats.tile_counts
-        self.fired |= stats.fired
         if training:
-            self._fired_this_step |= stats.fired
+            self.fired |= stats.fired
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Advance `steps_since_fired`; call once after each optimizer step."""
         self.steps_since_fired += 1
-        self.steps_since_fired.masked_fill_(self._fired_this_step, 0)
-        self._fired_this_step.zero_()
+        self.steps_since_fired.masked_fill_(self.fired, 0)
+        self.fired.zero_()
 
     @torch.no_grad()
     def forget_step(self) -> None:
         """Instead of `end_step` where activations may have been infinite: `steps_since_fired` stays as it is."""
-        self._fired_this_step.zero_()
+        self.fired.zero_()
 
     @torch.no_grad()
     def revive(self, neurons: Tensor) -> None:
@@ -72,5 +61,5 @@ class LayerStats:
     @torch.no_grad()
     def reset(self) -> None:
         """Zero the sums, for the next interval."""
-        for total in (self.tokens, self.active, self.l1, self.union, self.tiles, self.tile_counts, self.fired):
+        for total in (self.counts, self.l1, self.tile_counts):
             total.zero_()

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.mlp import MainGrads, MLPOutput, Path, steps
-from megasparse.mlp.call import Call, prepare, run_forward, stats_of
+from megasparse.mlp import MainGrads, MLPOutput, MLPStats, Path, steps
+from megasparse.mlp.call import Call, prepare, run_forward
 
 
 def tensor_parallel_mlp(
@@ -48,7 +48,7 @@ def tensor_parallel_mlp(
         y, l1, *stats = _TensorParallelMLP.apply(part, w_in, w_down, group, call, order, main_grads)
     else:
         y, l1, *stats = run_forward(call, w_in, w_down, order, False, main_grads)[:5]
-    return MLPOutput(y.view(x.shape), l1, stats_of(*stats))
+    return MLPOutput(y.view(x.shape), l1, MLPStats(*stats))
 
 
 class _TensorParallelMLP(torch.autograd.Function):

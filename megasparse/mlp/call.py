@@ -9,7 +9,7 @@ from megasparse.mlp.cuda import note_dense, unsupported_reason
 from megasparse.mlp.dense import dense_forward
 from megasparse.mlp.sparse import sparse_forward
 from megasparse.mlp.token_order import tiled_sequences
-from megasparse.mlp.types import MainGrads, MLPStats
+from megasparse.mlp.types import MainGrads
 
 Path = Literal["dense", "sparse"]
 
@@ -67,11 +67,6 @@ def run_forward(
             main_w_down,
         )  # fmt: skip
     return list(dense_forward(call.tokens, w_in, w_down, call.token_mask, call.sequences, save, main_w_in, main_w_down))
-
-
-def stats_of(counts: Tensor, fired: Tensor, tile_counts: Tensor) -> MLPStats:
-    """The operators' statistics by name."""
-    return MLPStats(counts[0], counts[1], fired, counts[2], counts[3], tile_counts)
 
 
 def _check(

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from megasparse.mlp.autograd import EagerMLP
-from megasparse.mlp.call import Path, prepare, run_forward, stats_of
+from megasparse.mlp.call import Path, prepare, run_forward
 from megasparse.mlp.operator import is_traced
-from megasparse.mlp.types import MainGrads, MLPOutput
+from megasparse.mlp.types import MainGrads, MLPOutput, MLPStats
 
 
 def sparse_mlp(
@@ -55,4 +55,4 @@ def sparse_mlp(
         y, l1, *stats = EagerMLP.apply(call.tokens, w_in, w_down, call, order, main_grads)
     else:
         y, l1, *stats = run_forward(call, w_in, w_down, order, save, main_grads)[:5]
-    return MLPOutput(y.view(x.shape), l1, stats_of(*stats))
+    return MLPOutput(y.view(x.shape), l1, MLPStats(*stats))

@@ -18,18 +18,32 @@ class MLPStats(NamedTuple):
     `sparse_mlp` is given `sequences` of whole tiles, else of the rows.
     """
 
-    tokens: Tensor
-    """int64 []: counted tokens."""
-    active: Tensor
-    """int64 []: sum over counted tokens of the number of neurons with a non-zero gate."""
+    counts: Tensor
+    """int64 [4]: `tokens`, `active`, `union`, `tiles`."""
     fired: Tensor
     """bool [H]: the neuron was active for at least one counted token."""
-    union: Tensor
-    """int64 []: sum over tiles of the number of neurons active for any of the tile's 128 tokens."""
-    tiles: Tensor
-    """int64 []: number of 128-token tiles."""
     tile_counts: Tensor
     """int32 [H]: number of 128-token tiles in which the neuron is active (all tokens): how frequent it is."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 []: counted tokens."""
+        return self.counts[0]
+
+    @property
+    def active(self) -> Tensor:
+        """int64 []: sum over counted tokens of the number of neurons with a non-zero gate."""
+        return self.counts[1]
+
+    @property
+    def union(self) -> Tensor:
+        """int64 []: sum over tiles of the number of neurons active for any of the tile's 128 tokens."""
+        return self.counts[2]
+
+    @property
+    def tiles(self) -> Tensor:
+        """int64 []: number of 128-token tiles."""
+        return self.counts[3]
 
 
 class MLPOutput(NamedTuple):

@@ -28,6 +28,7 @@ from megasparse.training.datasets import Datasets, build_datasets
 from megasparse.training.dead_neurons import forget_inputs, reinit_is_due, reinitialise, watch_inputs
 from megasparse.training.distributed import Launch, initialize, read_environment, say_once_for_each_layer, shut_down
 from megasparse.training.evaluate import run_validation
+from megasparse.training.garbage import GarbageCollection
 from megasparse.training.heartbeat import Heartbeat
 from megasparse.training.l1 import L1Controller
 from megasparse.training.layer_stats import LayerCounter, LayerCounts
@@ -81,21 +82,23 @@ def train(run: Run) -> StopReason:
     reason = StopReason.NONE
     run.callbacks.on_start(state)
     run.stop.catch_interrupts()
-    while state.step < cfg.training.steps and reason == StopReason.NONE:
-        run.callbacks.on_step_start(state)
-        result, metrics = run_step(run)
-        run.callbacks.on_step_end(state, metrics)
-        reason = result.stop
-        last = state.step == cfg.training.steps
-        end = last or reason != StopReason.NONE
-        if is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE:
-            run.heartbeat.at(state.step, "validation")
-            validate(run)
-        # While steps are skipped the weights may be what is broken: they must not push out checkpoints from before.
-        if is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0):
-            run.heartbeat.at(state.step, "checkpoint")
-            save(run)
-        run.checkpointer.poll()
+    with GarbageCollection() as garbage:
+        while state.step < cfg.training.steps and reason == StopReason.NONE:
+            run.callbacks.on_step_start(state)
+            result, metrics = run_step(run)
+            run.callbacks.on_step_end(state, metrics)
+            reason = result.stop
+            last = state.step == cfg.training.steps
+            end = last or reason != StopReason.NONE
+            if is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE:
+                run.heartbeat.at(state.step, "validation")
+                validate(run)
+            # While steps are skipped the weights may be what is broken: they must not push out checkpoints from before.
+            if is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0):
+                run.heartbeat.at(state.step, "checkpoint")
+                save(run)
+            run.checkpointer.poll()
+            garbage.after_step(state.step)
     if reason != StopReason.NONE:
         state.exit_reason = f"{reason.name} after step {state.step}"
     return reason
@@ -308,7 +311,7 @@ def start(
     model = wrap_in_ddp(cfg, build_model(cfg, layer))
     optimizer = build_optimizer(cfg, model)
     own_time = OwnTime(device)
-    connect_schedule(cfg, model, own_time)
+    connect_schedule(model, own_time)
     mlps = list(iter_sparse_mlps(model))
     state = TrainState(
         cfg=cfg,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -18,10 +19,12 @@ from megasparse.megatron.torch_adam import choose_torch_adam_without_cuda, prepa
 def wrap_in_ddp(cfg: Config, chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
     """Wraps each model chunk in Megatron's DistributedDataParallel, which owns the gradient buffers."""
     parallel = cfg.parallel
+    # One rank alone has nobody to wait for, and its hooks on every module and parameter take the host's time.
+    several = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and several,
+        overlap_param_gather=parallel.overlap_param_gather and several,
         use_distributed_optimizer=parallel.distributed_optimizer,
         # Non-finite gradients are looked for once a step, in the global norm: see train_step.
         check_for_nan_in_grad=False,
@@ -37,6 +40,11 @@ def wrap_in_ddp(cfg: Config, chunks: Sequence[torch.nn.Module]) -> list[torch.nn
         )
         for index, chunk in enumerate(chunks)
     ]
+
+
+def ddp_config(model: Sequence[torch.nn.Module]) -> DistributedDataParallelConfig:
+    """How `wrap_in_ddp` wrapped these chunks."""
+    return cast(DistributedDataParallelConfig, model[0].ddp_config)
 
 
 def gather_parameters(model: Sequence[torch.nn.Module]) -> None:
@@ -64,7 +72,7 @@ def build_optimizer(cfg: Config, model: Sequence[torch.nn.Module]) -> Any:
         bf16=cfg.training.precision == "bf16",
         params_dtype=torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32,
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
-        overlap_param_gather=cfg.parallel.overlap_param_gather,
+        overlap_param_gather=ddp_config(model).overlap_param_gather,
     )
     overrides = {}
     if section.weight_decay_exclude:

@@ -23,7 +23,7 @@ from torch.profiler import record_function
 from megasparse.config import Config
 from megasparse.monitoring.breakdown import GRADIENTS, OPTIMIZER
 from megasparse.training.data import MicroBatch
-from megasparse.training.optimizer import clip_gradients
+from megasparse.training.optimizer import clip_gradients, ddp_config
 from megasparse.training.own_time import OwnTime
 from megasparse.training.signals import StopReason
 
@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
     the host."""
 
 
-def connect_schedule(cfg: Config, model: Sequence[torch.nn.Module], own_time: OwnTime) -> None:
+def connect_schedule(model: Sequence[torch.nn.Module], own_time: OwnTime) -> None:
     """Tells Megatron's pipeline schedules how gradients of these DDP-wrapped chunks are finished and overlapped.
 
     `own_time` stops where they are.
@@ -64,7 +64,7 @@ def connect_schedule(cfg: Config, model: Sequence[torch.nn.Module], own_time: Ow
 
     config: Any = model[0].config
     config.finalize_model_grads_func = finish
-    if cfg.parallel.overlap_grad_reduce:
+    if ddp_config(model).overlap_grad_reduce:
         single = len(model) == 1
         no_sync = [chunk.no_sync for chunk in model]
         start = [chunk.start_grad_sync for chunk in model]

@@ -111,4 +111,4 @@ def _check_statistics(
         assert sum(sums["active"] for _, sums in found) == want["active"]
         assert sum(sums["l1"] for _, sums in found) == pytest.approx(want["l1"], rel=1e-5)
         shards = [np.any([s["fired"] for rank, s in found if rank == part], axis=0) for part in range(tensor)]
-        np.testing.assert_array_equal(np.concatenate(shards), want["fired"])
+        np.testing.assert_array_equal(np.concatenate(shards), want["fired"] & (not eval_mode))
