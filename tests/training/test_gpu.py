@@ -131,12 +131,12 @@ def test_two_gpus_train_as_one(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_deterministic_sparse_run_resumes_bitwise(text: Path, tmp_path: Path) -> None:
-    """From a checkpoint behind several decisions of the routers: paths, capacities and neuron orders."""
+    """From a checkpoint behind several decisions of the routers: capacities and neuron orders."""
     overrides = ["training.deterministic=true", "sparsity.route_interval=5", "checkpoint.interval=25"]
-    straight = losses(start(text, tmp_path / "straight", 1, "auto", 8, overrides), tmp_path / "straight")
+    straight = losses(start(text, tmp_path / "straight", 1, "sparse", 8, overrides), tmp_path / "straight")
     checkpoint = Path("checkpoints", "step_00000025")
     shutil.copytree(tmp_path / "straight" / checkpoint, tmp_path / "resumed" / checkpoint)
-    resumed = losses(start(text, tmp_path / "resumed", 1, "auto", 8, overrides), tmp_path / "resumed", first=26)
+    resumed = losses(start(text, tmp_path / "resumed", 1, "sparse", 8, overrides), tmp_path / "resumed", first=26)
     assert torch.equal(resumed, straight[25:])
     rows = [json.loads(line) for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
     assert any(value == "sparse" for row in rows for key, value in row.items() if key.endswith("/path"))
