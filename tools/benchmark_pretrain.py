@@ -64,7 +64,7 @@ from megasparse.megatron.transfer import set_weights, weights_of
 from megasparse.monitoring.energy import EnergyMeter
 from megasparse.monitoring.sparsity import LayerSparsity
 from megasparse.training.checkpoint_files import CheckpointError, resolve
-from megasparse.training.distributed import LaunchError, shut_down
+from megasparse.training.distributed import LaunchError, StorageError, shut_down
 from megasparse.training.loop import Run, run_step, save
 
 NEVER = 10**9
@@ -271,7 +271,7 @@ def main() -> int:
             parser.error("--try: delayed scaling, once used, slows other fp8 recipes; measure it in a call of its own")
         bench = Bench(cfg, arguments)
         measure(bench)
-    except (ConfigError, CheckpointError, LaunchError) as error:
+    except (ConfigError, CheckpointError, LaunchError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if bench.launch.rank == 0:

@@ -34,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megasparse.config import Config
+from megasparse.host import host_name
 from megasparse.parent import end_with_parent
 from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_content import (
@@ -49,7 +50,6 @@ from megasparse.training.checkpoint_content import (
 from megasparse.training.checkpoint_files import (
     CheckpointError,
     DamagedError,
-    StorageError,
     checksum,
     examine,
     find_checkpoints,
@@ -60,6 +60,7 @@ from megasparse.training.checkpoint_files import (
     resolve,
 )
 from megasparse.training.dead_neurons import share_idle_steps
+from megasparse.training.distributed import StorageError, on_first_rank
 from megasparse.training.optimizer import gather_parameters
 from megasparse.training.signals import signals_wait
 
@@ -94,7 +95,7 @@ class Checkpointer:
             CheckpointError: the directory cannot be written.
             StorageError: the file system fails.
         """
-        _on_first_rank(self._prepare)
+        on_first_rank(self._prepare)
 
     def _prepare(self) -> None:
         try:
@@ -103,7 +104,9 @@ class Checkpointer:
             probe.touch()
             probe.unlink()
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise CheckpointError(f"checkpoint.directory {self._root} cannot be written: {error}") from error
+            raise CheckpointError(
+                f"checkpoint.directory {self._root} cannot be written on {host_name()}: {error}"
+            ) from error
         remove_leftovers(self._root)
 
     def save(self, state: TrainState, extra: dict[str, Any]) -> None:
@@ -118,7 +121,7 @@ class Checkpointer:
         """
         self.finish()
         gather_parameters(state.model)
-        partial_path = Path(_on_first_rank(partial(partial_directory, self._root, state.step)))
+        partial_path = on_first_rank(partial(partial_directory, self._root, state.step))
         sharded = self._content(state, loading=False)
         sharded["run"] = self._run_content(state, extra)
         strategy: Any = get_default_save_sharded_strategy("torch_dist")
@@ -179,7 +182,7 @@ class Checkpointer:
         gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, own)
         checksums = {name: value for part in gathered for name, value in part.items()}
-        self._on_saved(Path(_on_first_rank(partial(self._publish, partial_path, step, checksums))))
+        self._on_saved(on_first_rank(partial(self._publish, partial_path, step, checksums)))
 
     def _publish(self, partial_path: Path, step: int, checksums: dict[str, int]) -> Path:
         final = publish(partial_path, step, checksums)
@@ -199,7 +202,7 @@ class Checkpointer:
         """
         found = find_checkpoints(self._root)  # rank 0's, which looks at one after the other
         problems = []
-        while (item := _on_first_rank(lambda: next(found, None))) is not None:
+        while (item := on_first_rank(lambda: next(found, None))) is not None:
             problem = item.problem
             if problem is None:
                 try:
@@ -226,7 +229,7 @@ class Checkpointer:
         Raises:
             CheckpointError: there is no complete checkpoint there.
         """
-        return Path(_on_first_rank(partial(resolve, path)))
+        return on_first_rank(partial(resolve, path))
 
     def load(self, path: Path, state: TrainState) -> dict[str, Any]:
         """Loads everything from a checkpoint into `state`. Returns the `extra` it was saved with."""
@@ -355,23 +358,3 @@ def config_of(path: Path) -> dict[str, Any]:
     if problem is not None:
         raise DamagedError(f"{path} is not a complete checkpoint: {problem}")
     return dict(dist_checkpointing.load_common_state_dict(str(path))["run"]["config"])
-
-
-def _on_first_rank(action: Callable[[], Any]) -> Any:
-    """Runs `action` on rank 0 and gives its result to all ranks; an error there is raised on all.
-
-    Raises:
-        CheckpointError: with the text of rank 0's error; StorageError where it was the file system's.
-    """
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = action()
-        except OSError as error:
-            answer[1] = StorageError(f"rank 0: checkpoints in {error.filename or 'their directory'}: {error.strerror}")
-        except CheckpointError as error:
-            answer[1] = CheckpointError(f"rank 0: {error}")
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]

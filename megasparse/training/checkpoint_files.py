@@ -32,13 +32,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be saved or loaded; the message names the path and what to do."""
 
 
-class StorageError(CheckpointError):
-    """The file system failed: full, stale, away. Trying again may help."""
-
-    exit_code = 1
-    """Of `megasparse`."""
-
-
 class DamagedError(CheckpointError):
     """A checkpoint's files are not what was written."""
 

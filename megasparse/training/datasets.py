@@ -26,6 +26,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megasparse.config import Config, ConfigError, Problem, dump_config, load_config
+from megasparse.training.distributed import on_first_rank
 
 NO_PAD, NO_EOD = -1, -2
 """Token ids that no data holds: padding does not occur, and the end of a document is not looked at."""
@@ -89,6 +90,7 @@ def build_datasets(cfg: Config, local_rank: int = 0) -> Datasets:
 
     Raises:
         ConfigError: a split holds no documents.
+        StorageError: rank 0 cannot write to the cache directory.
     """
     check_splits(cfg)
     cache = Path(os.path.expandvars(str(cfg.cache_directory)))
@@ -213,13 +215,14 @@ def _build_on_nodes_with_own_disk(cfg: Config, cache: Path, local_rank: int) -> 
 
     Megatron's builder writes on global rank 0 only; a process outside the job is its own rank 0.
     """
-    token = [uuid.uuid4().hex if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(token, src=0)
-    marker = cache / f".seen-{token[0]}"
-    if dist.get_rank() == 0:
+
+    def leave_marker() -> str:
+        name = f".seen-{uuid.uuid4().hex}"
         cache.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    dist.barrier()
+        (cache / name).touch()
+        return name
+
+    marker = cache / on_first_rank(leave_marker)
     failure = None
     if local_rank == 0 and not marker.exists():
         failure = _build_in_own_process(cfg)

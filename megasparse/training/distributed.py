@@ -9,6 +9,8 @@ import datetime
 import logging
 import os
 import random
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,15 +18,25 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megasparse.config import Config
+from megasparse.host import host_name
 from megasparse.training.launch_environment import Launch, LaunchError, expand_nodelist, read_environment
 
 __all__ = [
-    "Launch", "LaunchError", "device_of", "expand_nodelist", "initialize", "read_environment",
-    "say_once_for_each_layer", "seed_everything", "shut_down",
+    "Launch", "LaunchError", "StorageError", "device_of", "expand_nodelist", "initialize", "on_first_rank",
+    "read_environment", "say_once_for_each_layer", "seed_everything", "shut_down",
 ]  # fmt: skip
+
+Result = TypeVar("Result")
 
 _joined: list[str] = []
 """Not empty where `initialize` made the default process group, rather than finding one."""
+
+
+class StorageError(RuntimeError):
+    """The file system failed: full, stale, away. Trying again may help."""
+
+    exit_code = 1
+    """Of `megasparse`."""
 
 
 def device_of(launch: Launch) -> torch.device:
@@ -134,6 +146,27 @@ def _make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # It would fill every buffer that `torch.empty` makes with NaN. The kernels write all that they read.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """Runs `action` on rank 0 and gives its result, or the exception that it raised, to all ranks. Collective.
+
+    Raises:
+        StorageError: in place of an OSError.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except OSError as error:
+            where = f"rank 0 on {host_name()}" + (f": {error.filename}" if error.filename else "")
+            answer[1] = StorageError(f"{where}: {error.strerror or error}")
+        except Exception as error:  # whatever it is: the other ranks wait
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def shut_down() -> None:

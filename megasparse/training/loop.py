@@ -34,7 +34,7 @@ from megasparse.training.l1 import L1Controller
 from megasparse.training.layer_stats import LayerCounter, LayerCounts
 from megasparse.training.optimizer import build_optimizer, not_finite_gradients, wrap_in_ddp
 from megasparse.training.own_time import OwnTime
-from megasparse.training.run_lock import RunLock
+from megasparse.training.run_lock import run_lock
 from megasparse.training.schedule import LearningRate
 from megasparse.training.signals import (
     EXIT_DONE,
@@ -262,6 +262,7 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
 
     Raises:
         ConfigError, LaunchError, RunLockedError, CheckpointError, DataChangedError: what is wrong and what to do.
+        StorageError: the file system failed.
     """
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
@@ -271,7 +272,7 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     say_once_for_each_layer()
     first = launch.rank == 0
     watcher = StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None)
-    with RunLock(cfg.run_directory), watcher as stop:
+    with run_lock(cfg.run_directory), watcher as stop:
         run = start(cfg, launch, device, stop, callbacks)
         with run.heartbeat:
             try:

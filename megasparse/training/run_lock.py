@@ -7,13 +7,12 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TextIO
-
-import torch.distributed as dist
 
 from megasparse.host import host_name
+from megasparse.training.distributed import on_first_rank
 
 log = logging.getLogger("megasparse")
 
@@ -27,66 +26,52 @@ class RunLockedError(RuntimeError):
     """Another process trains in this run directory; the message names it."""
 
 
-class RunLock:
-    """Held by rank 0 while a run trains. The system frees it when the process ends, in whatever way.
+@contextmanager
+def run_lock(run_directory: Path, patience: float = PATIENCE) -> Iterator[None]:
+    """Rank 0 holds the lock while a run trains; the system frees it when the process ends, in whatever way. Collective.
 
     Where the file system knows no locks, nothing is locked.
+
+    Args:
+        run_directory: made where it is missing.
+        patience: seconds to wait for another run to end.
+
+    Raises:
+        RunLockedError, StorageError: on all ranks.
     """
+    with ExitStack() as held:
+        on_first_rank(lambda: _lock(run_directory / FILE, patience, held))
+        yield
 
-    def __init__(self, run_directory: Path, patience: float = PATIENCE) -> None:
-        self._path = run_directory / FILE
-        self._patience = patience
-        self._file: TextIO | None = None
 
-    def __enter__(self) -> RunLock:
-        """Collective.
-
-        Raises:
-            RunLockedError: on all ranks.
-        """
-        problem = [self._lock() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise RunLockedError(problem[0])
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing would leave it to child processes that still have it open
-            self._file.close()
-            self._file = None
-
-    def _lock(self) -> str | None:
-        """What is in the way, or None."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = self._path.open("a+")
-        begun, waiting = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                if time.monotonic() - begun >= self._patience:
-                    file.close()
-                    return (
-                        f"{self._path.parent}: {owner} trains there; wait for it, end it (`touch "
-                        f"{self._path.parent}/stop` lets it save first), or choose another run.name"
-                    )
-                if not waiting:
-                    log.info("%s: waiting up to %.0f s for %s to end", self._path.parent, self._patience, owner)
-                    waiting = True
-                time.sleep(min(1.0, self._patience))
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                break
-        job = os.environ.get("SLURM_JOB_ID")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {host_name()}" + (f", SLURM job {job}" if job else "") + "\n")
-        file.flush()
-        self._file = file
-        return None
+def _lock(path: Path, patience: float, held: ExitStack) -> None:
+    """Takes the lock and says in the file who has it. `held` frees it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context(path.open("a+"))
+    begun, waiting = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Closing the file would leave the lock to child processes that still have it open.
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            if time.monotonic() - begun >= patience:
+                raise RunLockedError(
+                    f"{path.parent}: {owner} trains there; wait for it, end it (`touch "
+                    f"{path.parent}/stop` lets it save first), or choose another run.name"
+                ) from None
+            if not waiting:
+                log.info("%s: waiting up to %.0f s for %s to end", path.parent, patience, owner)
+                waiting = True
+            time.sleep(min(1.0, patience))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            break
+    job = os.environ.get("SLURM_JOB_ID")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {host_name()}" + (f", SLURM job {job}" if job else "") + "\n")
+    file.flush()

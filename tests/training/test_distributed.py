@@ -6,9 +6,16 @@ import logging
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megasparse.training.distributed import LaunchError, expand_nodelist, read_environment, say_once_for_each_layer
+from megasparse.training.distributed import (
+    LaunchError,
+    expand_nodelist,
+    on_first_rank,
+    read_environment,
+    say_once_for_each_layer,
+)
 from tests.launch import run_distributed
 
 SRUN = {
@@ -81,3 +88,19 @@ def speaks(tensor: int, pipeline: int) -> bool:
 )
 def test_one_rank_of_each_stage_speaks_for_its_layers(layout: tuple[int, int], expected: list[bool]) -> None:
     assert run_distributed(2, "tests.training.test_distributed:speaks", *layout) == expected
+
+
+def ask_rank_0(numerator: int) -> tuple[int, int | str]:
+    """This rank, and what rank 0 found."""
+    rank = dist.get_rank()
+    try:
+        return rank, on_first_rank(lambda: numerator // rank if numerator else rank)
+    except ZeroDivisionError as error:
+        return rank, str(error)
+
+
+def test_all_ranks_get_the_result_or_the_error_of_rank_0() -> None:
+    assert run_distributed(2, "tests.training.test_distributed:ask_rank_0", 0) == [(0, 0), (1, 0)]
+    (_, first), (_, second) = run_distributed(2, "tests.training.test_distributed:ask_rank_0", 1)
+    assert first == second
+    assert "zero" in str(first)

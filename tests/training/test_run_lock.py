@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from megasparse.training.run_lock import RunLock, RunLockedError
+from megasparse.training.distributed import StorageError
+from megasparse.training.run_lock import RunLockedError, run_lock
 from tests.launch import run_distributed
 from tests.training.forked import ROOT
 
 HOLDER = """
 import sys, time, torch.distributed as dist
 from pathlib import Path
-from megasparse.training.run_lock import RunLock
+from megasparse.training.run_lock import run_lock
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-with RunLock(Path(sys.argv[1])):
+with run_lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
 """
@@ -28,9 +29,9 @@ def enter(directory: str, patience: float) -> str:
     """What stands in the way of a run there, if anything; else the lock is taken and freed twice."""
     try:
         for _ in range(2):
-            with RunLock(Path(directory), patience):
+            with run_lock(Path(directory), patience):
                 pass
-    except RunLockedError as error:
+    except (RunLockedError, StorageError) as error:
         return str(error)
     return ""
 
@@ -47,3 +48,11 @@ def test_a_second_run_waits_then_ends_and_a_killed_one_leaves_no_lock(world: int
             assert "choose another run.name" in problem
         holder.kill()
     assert run_distributed(world, "tests.training.test_run_lock:enter", str(tmp_path / "run"), 10.0) == [""] * world
+
+
+def test_a_file_system_that_fails_rank_0_ends_all_ranks(tmp_path: Path) -> None:
+    """Where only rank 0 raised, the others would wait for it until their time limit."""
+    (tmp_path / "runs").touch()
+    for problem in run_distributed(2, "tests.training.test_run_lock:enter", str(tmp_path / "runs" / "a"), 0.5):
+        assert problem.startswith("rank 0 on ")
+        assert problem.endswith(f"{tmp_path}/runs/a: Not a directory")
