@@ -12,6 +12,7 @@ from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink
 from megasparse.monitoring.sinks.wandb import STATE_FILE, WandbSink, step_offset
 from tests.launch import free_port
 from tests.monitoring.wandb_file import OfflineRun, offline_runs
+from tests.monitoring.wandb_server import WandbServer
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +154,35 @@ def test_without_an_answer_from_the_server_the_run_goes_on_offline(tmp_path: Pat
     assert "the run goes on offline" in result.stderr
     assert result.returncode == 0, result.stderr
     assert len(OfflineRun(offline_runs(tmp_path)[0]).history) == 2
+
+
+def test_a_server_that_goes_away_does_not_hold_the_end_of_a_run(tmp_path: Path) -> None:
+    """What it lacks then is on disk, and the command in the log uploads it."""
+    script = (
+        "import logging, time; from megasparse.monitoring.sinks import wandb as module\n"
+        "logging.basicConfig(); module.FINISH_SECONDS = 1.0\n"
+        "with WandbServer() as server:\n"
+        "    os.environ.update(server.environment)\n"
+        "    sink = WandbSink(Path(sys.argv[1]), mode='online', project='p')\n"
+        "for step in range(1, 4): sink.write(record(step))\n"
+        "began = time.monotonic(); sink.close(); print('closed after', time.monotonic() - began)\n"
+    )
+    result = run_apart(script, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert 1.0 <= float(result.stdout.split("closed after")[1]) < 30.0
+    (advice,) = [line for line in result.stderr.splitlines() if "within 1 s" in line]
+    command = advice.split("`")[1].split()
+    with WandbServer() as server:
+        environment = {**os.environ, **server.environment}
+        subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=tmp_path,
+            env=environment,
+            timeout=120,
+            check=True,
+            capture_output=True,
+        )
+    assert {row["progress/step"] for row in server.history} == {1, 2, 3}
 
 
 def test_a_run_does_not_rely_on_the_process_of_wandb_of_the_program_that_started_it(tmp_path: Path) -> None:

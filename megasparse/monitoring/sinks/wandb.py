@@ -6,7 +6,7 @@ The W&B step is the iteration. The run's id lies in `<directory>/wandb.json` and
 after a rollback (a restart from an older checkpoint than the last point logged) the repeated iterations are logged at
 `iteration + offset`, where the offset is the number of iterations done twice, and charts are told to use
 `progress/step`, which is logged with every point, as their x axis. No point is lost; a run that was never rolled back
-has offset 0 and keeps W&B's own axis.
+has offset 0 and keeps W&B's own axis. A server that is away when the run ends is waited for FINISH_SECONDS.
 
 **Offline.** W&B cannot continue an offline run: each process writes a directory of its own, and uploading a second
 one of the same id replaces the first (wandb/wandb#3841). So a restart replays metrics.jsonl, cut back to
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "wandb.json"
 STEP_METRIC = "progress/step"
+FINISH_SECONDS = 60.0
+"""How long the end of a run waits for W&B's server: a job that is about to be killed has two minutes."""
 
 
 class WandbSink:
@@ -84,7 +86,14 @@ class WandbSink:
             "id": self.run_id,
             "dir": str(directory),
         }
-        settings = {"silent": True, "console": "off", "disable_git": True, "git_commit": git_commit}
+        settings = {
+            "silent": True,
+            "console": "off",
+            "disable_git": True,
+            "git_commit": git_commit,
+            "finish_timeout": FINISH_SECONDS,
+            "finish_timeout_raises": True,
+        }
         self._run: Any = None
         # W&B's process of the program that started this one, which may have ended it: this run gets its own.
         os.environ.pop(wandb.env.SERVICE, None)
@@ -152,7 +161,16 @@ class WandbSink:
 
     def close(self, exit_code: int = 0) -> None:
         """Upload what is left (online) and end the W&B run; a later start resumes it."""
-        self._run.finish(exit_code=exit_code)
+        directory = Path(self._run.dir).parent
+        try:
+            self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            logger.warning(
+                "W&B's server has not taken all metrics within %g s, and the run ends without it. They are on disk; "
+                "upload them, before the run goes on, with `wandb sync --include-online %s`",
+                FINISH_SECONDS,
+                directory,
+            )
 
 
 def step_offset(previous: Mapping[str, Any], starting_step: int, resumed_step: int) -> int:
