@@ -1,10 +1,11 @@
 """When to stop early: signals, the time limit, or a stop file. All ranks stop after the same step.
 
-A run stops early when any rank received SIGTERM, SIGUSR1 (SLURM's `--signal=USR1@120`, preemption) or SIGINT (Ctrl-C;
-a second one ends it at once), when the time limit of the configuration or of the SLURM job is near, or when a file
-called `stop` appears in the run directory (`touch runs/<name>/stop`: for launchers which do not pass signals on,
-torchrun among them). Every rank reports what it saw, in the same collective that reduces the loss; so all ranks take
-the same decision in the same step, save a checkpoint and leave.
+A run stops early when any rank received SIGTERM, SIGUSR1 (SLURM's `--signal=USR1@120`, preemption), SIGHUP (its
+terminal was closed, unless it was started by nohup) or SIGINT (Ctrl-C; a second one ends it at once), when the time
+limit of the configuration or of the SLURM job is near, or when a file called `stop` appears in the run directory
+(`touch runs/<name>/stop`: for launchers which do not pass signals on, torchrun among them). Every rank reports what it
+saw, in the same collective that reduces the loss; so all ranks take the same decision in the same step, save a
+checkpoint and leave.
 
 Exit codes of `megasparse pretrain` (torchrun replaces them by 1; the file `exit.json` in the run directory says the
 same under every launcher):
@@ -34,6 +35,8 @@ EXIT_DONE = 0
 EXIT_REQUEUE = 75
 EXIT_NOT_FINITE = 65
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
 INTERRUPT_SECONDS = 1.0
 """A terminal and a launcher may both pass on one Ctrl-C: within this time they count once."""
 
@@ -48,8 +51,9 @@ class StopReason(IntEnum):
     TIME_LIMIT = 1
     STOP_FILE = 2
     SIGUSR1 = 3
-    SIGTERM = 4
-    SIGINT = 5
+    SIGHUP = 4
+    SIGTERM = 5
+    SIGINT = 6
 
 
 class StopWatcher:
@@ -83,7 +87,10 @@ class StopWatcher:
             self._deadline = min(self._deadline, int(job_end) - margin_seconds)
 
     def __enter__(self) -> StopWatcher:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        numbers = [signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._old[number] = signal.signal(number, self._handle)
         return self
 
@@ -138,7 +145,7 @@ def signals_wait() -> Iterator[None]:
     the save that the signal asks for.
     """
     resource_tracker.ensure_running()  # starting it later, from in here, would unblock SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -166,5 +173,5 @@ def ignore_signals_in_worker(worker_id: int) -> None:
     The main process still needs them until it has finished the step and saved; a worker ends when its loader closes
     or when its parent is gone.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

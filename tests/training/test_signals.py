@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megasparse.config import dump_config, parse_config
 from megasparse.monitoring.record import read_records
 from megasparse.training import signals
 from megasparse.training.checkpoint_files import find_checkpoints, read_latest
 from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE, StopReason, StopWatcher
 from tests.training.cases import configuration
-from tests.training.forked import Helper
+from tests.training.forked import ROOT, Helper
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,9 @@ def assert_stopped(tmp_path: Path, result: dict[str, Any], world: int, reason: s
         assert max(int(step) for step in record["steps"]) == left["step"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name
+)
 def test_signal_to_one_rank_stops_all_and_the_run_goes_on(
     tmp_path: Path, data_folder: Path, helper: Helper, number: signal.Signals
 ) -> None:
@@ -90,6 +99,38 @@ def test_a_second_ctrl_c_ends_the_process(
             assert stop.local_reason() == StopReason.NONE
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_closed_terminal_stops_the_run(tmp_path: Path, data_folder: Path) -> None:
+    """Though everything that it prints from then on is an error."""
+    sections = {"training": {"steps": 100_000}, "logging": {"console": True, "jsonl": False, "report": False}}
+    cfg = parse_config(configuration(tmp_path / "run", str(data_folder / "a"), **sections))
+    (tmp_path / "run.yaml").write_text(dump_config(cfg))
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megasparse", "pretrain", str(tmp_path / "run.yaml")], cwd=ROOT,
+        stdin=end, stdout=end, stderr=end, env={**os.environ, "TERM": "xterm"}, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(end)
+    shown = b""
+    while b"loss" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(timeout=60) == EXIT_REQUEUE, shown.decode()
+    left = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert left["reason"] == "SIGHUP"
+    assert read_latest(tmp_path / "run" / "checkpoints") == f"step_{left['step']:08d}"
+
+
+def test_nohup_lets_a_run_go_on_without_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopWatcher() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.local_reason() == StopReason.NONE
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_time_limit_stops(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
