@@ -16,20 +16,19 @@ that fails is named, and the others go on; the same command again repeats what f
 
 import argparse
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import layout_tables
-from gpu_jobs import Job, run_jobs
+from gpu_jobs import Job, run_jobs, slug
 
 BENCHMARK = Path(__file__).resolve().parent / "benchmark_pretrain.py"
 
 
 def job_of(arguments: argparse.Namespace, name: str, gpus: int, overrides: list[str]) -> Job:
-    folder = arguments.runs / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder = arguments.runs / slug(name)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
         str(BENCHMARK), arguments.config, *arguments.set, *overrides, "--out", str(folder), "--larger", "1",

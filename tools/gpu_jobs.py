@@ -1,6 +1,7 @@
 """Several commands on the GPUs of one machine: each on GPUs of its own, as many side by side as fit."""
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,11 @@ class Job:
         """Whether it ended well, now or in an earlier call: it is not repeated then."""
         path = self.folder / "exit_code"
         return path.exists() and path.read_text().strip() == "0"
+
+
+def slug(name: str) -> str:
+    """What a variant or layout of this name calls its folder: "TP 2 + SP" -> "tp-2-sp", "1.5e-5" -> "1.5e-5"."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
 def run_jobs(jobs: Sequence[Job], gpus: int, ended: Callable[[Job], None] | None = None) -> list[Job]:

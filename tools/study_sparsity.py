@@ -34,7 +34,6 @@ These settings, and no W&B and no report, are defaults; --set and then the varia
 """
 
 import argparse
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_jobs import Job, run_jobs
+from gpu_jobs import Job, run_jobs, slug
 from study_plot import plot
 from study_record import COMPARED, read_records, read_run, write_records
 from study_tables import tables
@@ -92,10 +91,6 @@ def planned(arguments: argparse.Namespace) -> list[StudyRun]:
         for seed in arguments.seeds
         for name, overrides in variants.items()
     ]  # fmt: skip
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
 def settled(config: str, run: StudyRun) -> tuple[Config, list[str]]:

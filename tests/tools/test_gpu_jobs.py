@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gpu_jobs import Job, run_jobs
+from gpu_jobs import Job, run_jobs, slug
 
 RECORD = """
 import json, os, pathlib, sys, time
@@ -19,6 +19,18 @@ sys.exit(int(sys.argv[2]))
 def job(folder: Path, name: str, gpus: int, code: int = 0) -> Job:
     target = folder / f"{name}.json"
     return Job(name, gpus, [sys.executable, "-c", RECORD, str(target), str(code)], folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("1e-5", "1e-5"), ("no L1", "no-l1"), ("target 24", "target-24"), ("1.5e-5", "1.5e-5"),
+        ("TP 2 x PP 2 + SP", "tp-2-x-pp-2-sp"), ("1 GPU, without TE", "1-gpu-without-te"), ("../up.", "up"),
+    ],
+)  # fmt: skip
+def test_folders_of_variants_and_layouts(name: str, folder: str) -> None:
+    """Those of studies that are under way must stay what they are."""
+    assert slug(name) == folder
 
 
 def test_disjoint_gpus_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
