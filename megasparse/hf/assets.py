@@ -11,7 +11,7 @@ from typing import Any
 from megasparse.config import ConfigError
 from megasparse.config.vocab import tokenizer_vocab_size
 from megasparse.hf import tokenizer_reading
-from megasparse.hf.errors import ConvertError
+from megasparse.hf.errors import ConvertError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -93,10 +93,9 @@ def _put(source: str, output: Path, model_type: str) -> Any:
         (output / "config.json").write_text(json.dumps({"model_type": model_type}))  # the class depends on it
         return tokenizer_reading.load(output)
     except Exception as error:  # transformers raises many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConvertError(
-            f"tokenizer {source}: does not load in transformers ({reason}); name another with --tokenizer PATH, or "
-            "leave it out with --no-tokenizer"
+            f"tokenizer {source}: does not load in transformers ({first_line(error)}); name another with --tokenizer "
+            "PATH, or leave it out with --no-tokenizer"
         ) from None
 
 

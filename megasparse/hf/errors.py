@@ -1,4 +1,4 @@
-"""What conversion and inference raise."""
+"""What conversion and inference raise, and how they quote the errors of libraries."""
 
 
 class ConvertError(Exception):
@@ -11,3 +11,9 @@ class AccelerateError(Exception):
 
 class GenerateError(Exception):
     """Text cannot be generated; the message says what is wrong with the model or the options and what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, cut off at 200 characters; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

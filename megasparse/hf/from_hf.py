@@ -12,7 +12,7 @@ import yaml
 from megasparse.config import Config, parse_config
 from megasparse.hf.assets import check_tokenizer, copy_assets, has_tokenizer
 from megasparse.hf.config import SourceModel
-from megasparse.hf.errors import ConvertError
+from megasparse.hf.errors import ConvertError, first_line
 from megasparse.hf.megatron_files import write_checkpoint
 from megasparse.hf.model_folder import ModelFolder
 from megasparse.hf.output import output_folder
@@ -164,8 +164,7 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except Exception as error:  # the hub's client and its HTTP library raise many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConvertError(
             f"{name}: neither a folder here nor a model that could be downloaded from the Hugging Face hub "
-            f"({reason[:200]})"
+            f"({first_line(error)})"
         ) from None

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megasparse.hf.errors import AccelerateError, GenerateError
+from megasparse.hf.errors import AccelerateError, GenerateError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,10 +101,9 @@ def _load(name: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)
     except Exception as error:  # transformers and the hub's client raise many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GenerateError(
-            f"{name}: model or tokenizer does not load ({reason[:300]}); give a folder that megasparse convert to-hf "
-            "wrote with a tokenizer, or a name on the Hugging Face hub"
+            f"{name}: model or tokenizer does not load ({first_line(error)}); give a folder that megasparse convert "
+            "to-hf wrote with a tokenizer, or a name on the Hugging Face hub"
         ) from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megasparse.hf.config import to_hf_config
-from megasparse.hf.errors import ConvertError
+from megasparse.hf.errors import ConvertError, first_line
 from megasparse.hf.model_folder import ModelFolder
 
 
@@ -34,7 +34,7 @@ def load_transformers(folder: ModelFolder, dtype: torch.dtype, activation: str |
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder.path, config=config, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConvertError(f"{folder.path}: transformers does not load it ({reason}); download it again") from None
     return loaded.eval()
 

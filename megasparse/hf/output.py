@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.hf.errors import ConvertError
+from megasparse.training.checkpoint_files import flush
 
 _MARKER = ".conversion.json"
 _RESERVE = 64 * 2**20
@@ -141,11 +142,7 @@ def _explain(error: OSError, target: Path, partial: Path) -> str:
 
 def _put_in_place(partial: Path, target: Path, old: Path) -> None:
     for path in (*partial.rglob("*"), partial):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
     if target.exists():
         target.rename(old)
     partial.rename(target)

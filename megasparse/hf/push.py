@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megasparse.hf.errors import ConvertError
+from megasparse.hf.errors import ConvertError, first_line
 
 
 def prepare_push(name: str, private: bool) -> str:
@@ -33,7 +33,7 @@ def prepare_push(name: str, private: bool) -> str:
         return str(HfApi().create_repo(name, private=private, exist_ok=True).repo_id)
     except Exception as error:  # the hub's client and its HTTP library raise many types
         raise ConvertError(
-            f"--push {name}: the hub does not let the repository be written ({_line(error)}); check the name, the "
+            f"--push {name}: the hub does not let the repository be written ({first_line(error)}); check the name, the "
             "token's rights (hf auth whoami) and the network, or leave out --push and upload later: hf upload"
         ) from None
 
@@ -50,11 +50,7 @@ def push(folder: Path, name: str) -> str:
         commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Upload model")
     except Exception as error:  # as above
         raise ConvertError(
-            f"{folder} is complete, but the upload to {name} failed ({_line(error)}); try again with: "
+            f"{folder} is complete, but the upload to {name} failed ({first_line(error)}); try again with: "
             f"hf upload {name} {folder}"
         ) from None
     return str(commit.commit_url)
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

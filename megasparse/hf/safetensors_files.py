@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasparse.hf.errors import ConvertError
+from megasparse.hf.errors import ConvertError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -198,9 +198,10 @@ def _open_file(path: Path) -> Any:
             raise ConvertError(
                 f"{path}: a pointer of git-lfs, not the file; fetch it with `git lfs pull` in {path.parent}"
             ) from None
-        raise ConvertError(f"{path}: truncated or not a file of weights ({_line(error)}); download it again") from None
+        reason = first_line(error)
+        raise ConvertError(f"{path}: truncated or not a file of weights ({reason}); download it again") from None
     except Exception as error:  # torch.load's UnpicklingError among others
-        raise ConvertError(f"{path}: not a file of weights ({_line(error)}); download it again") from None
+        raise ConvertError(f"{path}: not a file of weights ({first_line(error)}); download it again") from None
 
 
 def _is_pointer(path: Path) -> bool:
@@ -213,8 +214,4 @@ def _weight_map(path: Path) -> dict[str, str]:
     try:
         return {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConvertError(f"{path}: not an index of weights ({_line(error)}); download it again") from None
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ConvertError(f"{path}: not an index of weights ({first_line(error)}); download it again") from None

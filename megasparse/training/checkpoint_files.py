@@ -81,8 +81,8 @@ def seal(directory: Path, step: int, checksums: dict[str, int] | None = None) ->
         files[name] = {"bytes": path.stat().st_size, "crc32": known[name] if name in known else checksum(path)}
     _write_and_flush(directory / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
     for name in files:
-        _flush(directory / name)
-    _flush(directory)
+        flush(directory / name)
+    flush(directory)
 
 
 def publish(partial: Path, step: int, checksums: dict[str, int] | None = None) -> Path:
@@ -93,7 +93,7 @@ def publish(partial: Path, step: int, checksums: dict[str, int] | None = None) -
     if final.exists():  # a damaged one, or one of a run that was rolled back
         _remove(final)
     partial.rename(final)
-    _flush(root)
+    flush(root)
     set_latest(root, final.name)
     return final
 
@@ -103,7 +103,7 @@ def set_latest(root: Path, name: str) -> None:
     temporary = root / f".{LATEST}.tmp"
     _write_and_flush(temporary, name + "\n")
     temporary.replace(root / LATEST)
-    _flush(root)
+    flush(root)
 
 
 def read_latest(root: Path) -> str | None:
@@ -225,7 +225,7 @@ def _write_and_flush(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync of a file or a directory entry."""
     handle = os.open(path, os.O_RDONLY)
     try:
