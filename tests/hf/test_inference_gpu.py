@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pytest
 import torch
 
 from megasparse.hf import accelerate, calibrate, restore
 from megasparse.hf.inference_mlp import InferenceMLP
+from tests.gpu import NEEDS_HOPPER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = NEEDS_HOPPER
 
 
 @torch.inference_mode()

@@ -1,23 +1,10 @@
 """Sizes and patterns that the kernel tests share."""
 
-import pytest
 import torch
 from torch import Tensor
 
 SIZES = [(1, 704, 64), (7, 1408, 128), (129, 5640, 2048), (4095, 704, 520), (300, 1408, 8192)]
 PATTERNS = ("sparse", "half", "none", "all", "row_column_tile")
-
-
-def why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA GPU"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return "no GPU of compute capability 9.0"
-    return None
-
-
-REASON = why_not()
-MARKS = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 
 def active_positions(m: int, h: int, pattern: str) -> Tensor:
@@ -36,8 +23,3 @@ def active_positions(m: int, h: int, pattern: str) -> Tensor:
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device="cuda") * scale).bfloat16()
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    norm = float(expected.norm())
-    return float((value.double() - expected).norm()) / norm if norm else float(value.abs().max())

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from megasparse.mlp.build import NVCC_FLAGS, find_nvcc, source_directory
-from megasparse.mlp.cuda import device_reason
 
 SOURCES = ("gate.cu", "gather_nt.cu", "gather_nt_plan.cu")
-
-
-def why_not() -> str | None:
-    """Why the kernels cannot run here, or None."""
-    if not torch.cuda.is_available():
-        return "no CUDA GPU"
-    return device_reason(torch.device("cuda"), torch.bfloat16, 64, 64)
 
 
 @functools.cache

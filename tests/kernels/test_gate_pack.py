@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.library import address, library, poisoned, relative_error, sizes, sm_count, stream, why_not
+from tests.gpu import NEEDS_HOPPER
+from tests.kernels.library import address, library, poisoned, relative_error, sizes, sm_count, stream
 
-REASON = why_not()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = NEEDS_HOPPER
 
 SHAPES = [
     (0, 64, 64), (1, 64, 64), (7, 72, 704), (129, 2048, 1408), (4095, 512, 5640), (300, 8, 1),

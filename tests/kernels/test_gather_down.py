@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from tests.kernels.cases import MARKS, PATTERNS, SIZES, active_positions, normal, relative_error
+from tests.gpu import NEEDS_HOPPER
+from tests.kernels.cases import PATTERNS, SIZES, active_positions, normal
 from tests.kernels.gathered import gather_down
 from tests.kernels.packed import Packed
+from tests.mlp.patterns import relative_error
 
-pytestmark = MARKS
+pytestmark = NEEDS_HOPPER
 
 
 @pytest.mark.parametrize("products", [1, 2])

@@ -7,19 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.library import (
-    address,
-    library,
-    poisoned,
-    relative_error,
-    sizes,
-    sm_count,
-    stream,
-    why_not,
-)  # fmt: skip
+from tests.gpu import NEEDS_HOPPER
+from tests.kernels.library import address, library, poisoned, relative_error, sizes, sm_count, stream
 
-REASON = why_not()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = NEEDS_HOPPER
 
 UP, UP_ONLY, DH, DH_PLAIN = range(4)
 ROUNDED_TWICE = 5e-3  # relative error of values that were rounded to bf16 two times

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from tests.kernels.cases import MARKS, PATTERNS, SIZES, active_positions, normal, relative_error
+from tests.gpu import NEEDS_HOPPER
+from tests.kernels.cases import PATTERNS, SIZES, active_positions, normal
 from tests.kernels.gathered import wgrad
 from tests.kernels.packed import Packed
+from tests.mlp.patterns import relative_error
 
-pytestmark = MARKS
+pytestmark = NEEDS_HOPPER
 
 BF16, FP32, FP32_ADDED = range(3)
 FP32_SUM = 1e-5  # relative error of fp32 sums of up to 4095 products in the tensor cores

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megasparse.mlp import MainGrads, sparse_mlp
-from megasparse.mlp.cuda import device_reason
 from megasparse.mlp.synthetic import fit
+from tests.gpu import NEEDS_HOPPER
 from tests.mlp.patterns import PATTERNS, Case, make_case, reference, relative_error
 
 DATA = Path(__file__).parent / "data" / "recorded.npz"
 L1_WEIGHT = 0.01
 NAMES = ("y", "l1", "dx", "dw_in", "dw_down")
 
-
-def _why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA GPU"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return "no GPU of compute capability 9.0"
-    return None
-
-
-REASON = _why_not()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    """Where there is such a GPU, kernels that do not build are a failure, not a reason to test the dense path."""
-    assert device_reason(torch.device("cuda"), torch.bfloat16, 64, 64) is None
+pytestmark = NEEDS_HOPPER
 
 
 def poison() -> None:
@@ -197,6 +182,25 @@ def test_main_gradients_accumulate(path: str) -> None:
         assert relative_error(added / 3, getattr(wanted, f"d{name}")) < 0.01, name
 
 
+def check_replays(step: Callable[[], list[torch.Tensor]], leaves: list[torch.Tensor], others: list[Case]) -> None:
+    """One graph of `step` computes on other data, of other patterns, what a call computes, bit by bit."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for other in others:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, other[:3], strict=True):
+                leaf.copy_(value)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for a, b in zip(replayed, step(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_graph_of_forward_and_backward_replays() -> None:
     case = cuda_case(700, 256, 1408, True, "sparse")
     leaves = [tensor.clone().requires_grad_() for tensor in case[:3]]
@@ -206,22 +210,8 @@ def test_graph_of_forward_and_backward_replays() -> None:
         out = sparse_mlp(*leaves, path="sparse", capacity=700 * 200)
         return [out.y, out.l1, *torch.autograd.grad([out.y, out.l1], leaves, [case.dy, upstream]), *out.stats]
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (1, 2):  # other data, other patterns, one graph
-        other = cuda_case(700, 256, 1408, True, "sparse" if seed == 1 else "random", seed=seed)
-        with torch.no_grad():
-            for leaf, value in zip(leaves, other[:3], strict=True):
-                leaf.copy_(value)
-        graph.replay()
-        replayed = [tensor.clone() for tensor in captured]
-        for a, b in zip(replayed, step(), strict=True):
-            assert torch.equal(a, b)
+    others = [cuda_case(700, 256, 1408, True, pattern, seed=seed) for seed, pattern in ((1, "sparse"), (2, "random"))]
+    check_replays(step, leaves, others)
 
 
 def test_runs_on_a_side_stream_without_synchronising() -> None:

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from megasparse.mlp import MainGrads, device_reason, sparse_mlp
+from megasparse.mlp import MainGrads, sparse_mlp
+from tests.gpu import NEEDS_HOPPER
 from tests.mlp.patterns import Case, interleaved, rows_of_tokens
-from tests.mlp.test_cuda import L1_WEIGHT, NAMES, REASON, check, cuda_case, run
+from tests.mlp.test_cuda import L1_WEIGHT, NAMES, check, check_replays, cuda_case, run
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = NEEDS_HOPPER
 
 SHAPES = [
     (128, 64, 130),  # length, D, H
@@ -18,11 +19,6 @@ SHAPES = [
     (1024, 2048, 5640),
 ]
 STATS = ("tokens", "active", "fired", "union", "tiles", "tile_counts")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    assert device_reason(torch.device("cuda"), torch.bfloat16, 64, 64) is None
 
 
 def check_bitwise(case: Case, sequences: int, **options: Any) -> None:
@@ -108,18 +104,4 @@ def test_graph_of_forward_and_backward_replays() -> None:
         out = sparse_mlp(*leaves, path="sparse", sequences=8, token_mask=mask, capacity=1024 * 200)
         return [out.y, out.l1, *torch.autograd.grad([out.y, out.l1], leaves, [case.dy, upstream]), *out.stats]
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    other = interleaved(cuda_case(1024, 256, 1408, True, "random", seed=1), 8)
-    with torch.no_grad():
-        for leaf, value in zip(leaves, other[:3], strict=True):
-            leaf.copy_(value)
-    graph.replay()
-    replayed = [tensor.clone() for tensor in captured]
-    for a, b in zip(replayed, step(), strict=True):
-        assert torch.equal(a, b)
+    check_replays(step, leaves, [interleaved(cuda_case(1024, 256, 1408, True, "random", seed=1), 8)])

@@ -1,18 +1,12 @@
 """The backward in steps on the CUDA kernels: every bit as by autograd, whatever the saved buffers hold."""
 
 import pytest
-import torch
 
-from megasparse.mlp import device_reason
-from tests.mlp.test_cuda import REASON, cuda_case, poison
+from tests.gpu import NEEDS_HOPPER
+from tests.mlp.test_cuda import cuda_case, poison
 from tests.mlp.test_steps import CAPACITIES, TOKENS, check
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    assert device_reason(torch.device("cuda"), torch.bfloat16, 64, 64) is None
+pytestmark = NEEDS_HOPPER
 
 
 @pytest.mark.parametrize("accumulate", [True, False])

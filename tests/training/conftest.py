@@ -1,12 +1,14 @@
-"""Data and a tokenizer, written once for all training tests."""
+"""What all training tests share: data and a tokenizer, and the process whose forks train."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.training.cases import write_data, write_tokenizer
+from tests.training.forked import Helper
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,10 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder / "b", 100, seed=1)
     write_tokenizer(folder / "tokenizer.json")
     return folder
+
+
+@pytest.fixture(scope="session")
+def helper() -> Iterator[Helper]:
+    helper = Helper()
+    yield helper
+    helper.close()

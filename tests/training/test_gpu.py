@@ -13,17 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.mlp.cuda import device_reason
+from tests.gpu import NEEDS_HOPPER
 from tests.launch import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HIDDEN, WIDTH, STEPS = 512, 1408, 50
 
-if torch.cuda.is_available():
-    REASON = device_reason(torch.device("cuda"), torch.bfloat16, HIDDEN, WIDTH)
-else:
-    REASON = "no CUDA GPU"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = NEEDS_HOPPER
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +88,17 @@ def losses(process: subprocess.Popen[bytes], directory: Path, first: int = 1) ->
     return torch.tensor([values[step] for step in range(first, STEPS + 1)], dtype=torch.float64)
 
 
+def check_rounding_alone(reference: torch.Tensor, halves: torch.Tensor, other: torch.Tensor) -> None:
+    """Losses of `other` are as near to the reference as those of `halves`, which differs from it in rounding alone: its
+    micro-batches are half as large."""
+    noise, gap = (halves - reference).abs(), (other - reference).abs()
+    print(f"mean {gap.mean():.2e}, max {gap.max():.2e}; rounding: mean {noise.mean():.2e}, max {noise.max():.2e}")
+    assert reference[-1] < reference[0] - 1.0
+    assert gap[:5].max() < 5e-3
+    assert gap.mean() <= 2 * noise.mean() + 1e-3
+    assert gap.max() <= 2 * noise.max() + 2e-3
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_sparse_kernels_train_as_the_dense_path(tensor: int, text: Path, tmp_path: Path) -> None:
     """The gap must be that of two dense runs which differ in rounding alone (size of the micro-batches)."""
@@ -99,15 +106,7 @@ def test_sparse_kernels_train_as_the_dense_path(tensor: int, text: Path, tmp_pat
         pytest.skip(f"needs {tensor} GPUs")
     runs = {"dense": ("dense", 8), "dense-halves": ("dense", 4), "sparse": ("sparse", 8)}
     processes = {name: start(text, tmp_path / name, tensor, *how) for name, how in runs.items()}
-    curves = {name: losses(process, tmp_path / name) for name, process in processes.items()}
-    noise = (curves["dense-halves"] - curves["dense"]).abs()
-    gap = (curves["sparse"] - curves["dense"]).abs()
-    print(f"TP {tensor}: sparse against dense: mean {gap.mean():.2e}, max {gap.max():.2e}; "
-          f"dense against dense: mean {noise.mean():.2e}, max {noise.max():.2e}")  # fmt: skip
-    assert curves["dense"][-1] < curves["dense"][0] - 1.0
-    assert gap[:5].max() < 5e-3
-    assert gap.mean() <= 2 * noise.mean() + 1e-3
-    assert gap.max() <= 2 * noise.max() + 2e-3
+    check_rounding_alone(*(losses(process, tmp_path / name) for name, process in processes.items()))
 
 
 def test_two_gpus_train_as_one(text: Path, tmp_path: Path) -> None:
@@ -119,15 +118,7 @@ def test_two_gpus_train_as_one(text: Path, tmp_path: Path) -> None:
         name: start(text, tmp_path / name, tensor, "sparse", micro_batch)
         for name, (tensor, micro_batch) in runs.items()
     }
-    curves = {name: losses(process, tmp_path / name) for name, process in processes.items()}
-    noise = (curves["one-halves"] - curves["one"]).abs()
-    gap = (curves["two"] - curves["one"]).abs()
-    print(f"two GPUs against one: mean {gap.mean():.2e}, max {gap.max():.2e}; "
-          f"one against one: mean {noise.mean():.2e}, max {noise.max():.2e}")  # fmt: skip
-    assert curves["one"][-1] < curves["one"][0] - 1.0
-    assert gap[:5].max() < 5e-3
-    assert gap.mean() <= 2 * noise.mean() + 1e-3
-    assert gap.max() <= 2 * noise.max() + 2e-3
+    check_rounding_alone(*(losses(process, tmp_path / name) for name, process in processes.items()))
 
 
 def test_a_deterministic_sparse_run_resumes_bitwise(text: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ SPARSITY: dict[str, Any] = {
 }
 STEPS = 12
 SIGKILL = -9
-
-
-@pytest.fixture(scope="module")
-def helper() -> Iterator[Helper]:
-    helper = Helper()
-    yield helper
-    helper.close()
 
 
 def case(folder: Path, data: Path, name: str, parallel: dict[str, Any] | None = None, **checkpoint: Any) -> dict:

@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,6 @@ from megasparse.config import ConfigError, dump_config, parse_config
 from tests.launch import free_port, run_distributed
 from tests.training.cases import configuration
 from tests.training.forked import ROOT, Helper
-
-
-@pytest.fixture(scope="module")
-def helper() -> Iterator[Helper]:
-    helper = Helper()
-    yield helper
-    helper.close()
 
 
 @pytest.mark.parametrize(

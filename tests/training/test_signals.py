@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from megasparse.training.checkpoint_files import find_checkpoints, read_latest
 from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE, StopReason, StopWatcher
 from tests.training.cases import configuration
 from tests.training.forked import ROOT, Helper
-
-
-@pytest.fixture(scope="module")
-def helper() -> Iterator[Helper]:
-    helper = Helper()
-    yield helper
-    helper.close()
 
 
 def case(tmp_path: Path, data: Path, **checkpoint: Any) -> dict[str, Any]:
