@@ -198,7 +198,8 @@ class DataConfig(Section):
     """Tokens per sample."""
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
-    """Tokens do not attend over the end of a document."""
+    """Tokens do not attend over the end of a document. Core attention is then PyTorch's under Transformer Engine too,
+    whose own is causal alone."""
     eod_mask_loss: bool = False
     """The end-of-document token counts in no loss."""
     num_workers: NonNegativeInt = 2

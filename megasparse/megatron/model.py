@@ -129,7 +129,12 @@ def build_model(cfg: Config, layer: ModuleSpec | None = None) -> list[GPTModel]:
     """
     config = transformer_config(cfg)
     if layer is None:
-        layer = layer_spec(cfg.model.implementation, qk_norm=cfg.model.qk_norm, path=cfg.sparsity.path)
+        layer = layer_spec(
+            cfg.model.implementation,
+            qk_norm=cfg.model.qk_norm,
+            path=cfg.sparsity.path,
+            document_mask=cfg.data.reset_attention_mask,
+        )
     virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in [None] if virtual is None else range(virtual):

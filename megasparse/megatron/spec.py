@@ -78,6 +78,7 @@ def layer_spec(
     path: Mode = "auto",
     l1_coeff: float = 0.0,
     mlp: ModuleSpec | None = None,
+    document_mask: bool = False,
 ) -> ModuleSpec:
     """A transformer layer: self-attention, norms, and the sparse MLP.
 
@@ -87,6 +88,8 @@ def layer_spec(
         qk_norm: normalise queries and keys per head.
         path, l1_coeff: see `SparseMLP`.
         mlp: another spec for the MLP, such as Megatron's own dense one.
+        document_mask: core attention by this package in "te" too. Transformer Engine's attention, causal by type,
+            looks at no mask that it is handed, and would see over the ends of documents.
 
     Checkpoints do not depend on `implementation`, nor on which of the two MLPs is built.
     """
@@ -102,7 +105,8 @@ def layer_spec(
             TERowParallelLinear,
         )
 
-        core_attention = TEDotProductAttention
+        if not document_mask:
+            core_attention = TEDotProductAttention
         column, row = TELayerNormColumnParallelLinear, TERowParallelLinear
     # Norms that Transformer Engine fuses into the next projection are saved under that projection's name; so are
     # those that stand alone.

@@ -12,6 +12,7 @@ import yaml
 from megatron.core import parallel_state
 
 from megasparse.config import ConfigError, parse_config
+from megasparse.megatron.spec import have_transformer_engine
 from megasparse.training import datasets
 from megasparse.training.data import MicroBatchSampler, StepLoader, document_mask
 from megasparse.training.datasets import check_splits
@@ -122,12 +123,30 @@ def logits_of_two_documents(data: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def test_a_document_does_not_see_the_one_before_it(tmp_path: Path, data_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "precision"),
+    [
+        ("local", "fp32"),
+        pytest.param(
+            "te",
+            "bf16",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not have_transformer_engine(), reason="needs Transformer Engine and a GPU"),
+            ],
+        ),
+    ],
+)
+def test_a_document_does_not_see_the_one_before_it(
+    implementation: str, precision: str, tmp_path: Path, data_folder: Path
+) -> None:
     data = configuration(
         tmp_path / "run",
         str(data_folder / "a"),
-        data={"tokenizer": str(data_folder / "tokenizer.json"), "reset_position_ids": True},
+        data={"tokenizer": str(data_folder / "tokenizer.json")},
+        training={"precision": precision},
     )
+    data["model"] |= {"implementation": implementation, "hidden_size": 64}
     result = run_distributed(1, "tests.training.test_data:logits_of_two_documents", data)[0]
     assert result == {"masked": [False, True], "unmasked": [False, False]}
 
