@@ -196,7 +196,6 @@ class DataConfig(Section):
     """A tokenizer.json or a Hugging Face tokenizer directory."""
     sequence_length: PositiveInt = 2048
     """Tokens per sample."""
-    reset_position_ids: bool = False
     reset_attention_mask: bool = False
     """Tokens do not attend over the end of a document. Core attention is then PyTorch's under Transformer Engine too,
     whose own is causal alone."""

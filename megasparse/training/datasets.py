@@ -55,15 +55,15 @@ class Datasets(NamedTuple):
 
 @lru_cache(maxsize=4)
 def tokenizer_facts(cfg: Config) -> TokenizerFacts:
-    """Vocabulary size and end-of-document id; the id only where masks or positions depend on it.
+    """Vocabulary size and end-of-document id; the id only where masks depend on it.
 
     Raises:
         ConfigError: the id is needed and `data.tokenizer` is missing or not usable.
     """
     data = cfg.data
-    if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
+    if not (data.reset_attention_mask or data.eod_mask_loss):
         return TokenizerFacts(cfg.vocab_size, NO_EOD)
-    problem = "document resets and eod_mask_loss need to know the end-of-document token"
+    problem = "reset_attention_mask and eod_mask_loss need to know the end-of-document token"
     if data.tokenizer is not None:
         from megasparse.data.errors import DataError
         from megasparse.data.tokenizer import load_tokenizer
@@ -152,7 +152,7 @@ def _dataset_config(cfg: Config, cache: Path) -> GPTDatasetConfig:
         sequence_length=data.sequence_length,
         path_to_cache=str(cache),
         tokenizer=tokenizer_facts(cfg),  # type: ignore[arg-type]
-        reset_position_ids=data.reset_position_ids,
+        reset_position_ids=False,  # rotary embeddings look at distances alone
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=False,  # made on the device from the tokens, rather than copied: s x s a sample

@@ -96,7 +96,7 @@ def _config(folder: ModelFolder, overrides: Sequence[str]) -> Config:
     if cfg.parallel.model_size > 1:
         rule = "a model in Hugging Face format is whole in every process"
         problems.append(Problem("parallel", rule, "leave tensor, pipeline and context out", cfg.parallel.model_size))
-    if cfg.data.reset_attention_mask or cfg.data.reset_position_ids:
+    if cfg.data.reset_attention_mask:
         rule = "not available for models in Hugging Face format"
         problems.append(Problem("data.reset_attention_mask", rule, "evaluate the checkpoint, or leave it out"))
     if problems:
