@@ -9,6 +9,7 @@ import pytest
 
 from megasparse.config import ConfigError, check_directories, check_files, load_config, parse_config
 from tests.test_config import SMALL
+from tests.training.cases import write_data
 
 MODEL = "model: {num_layers: 4, hidden_size: 64, ffn_hidden_size: 256, num_attention_heads: 4, vocab_size: 1000}\n"
 GOOD = MODEL + "training: {global_batch_size: 8, steps: 100}\n"
@@ -213,6 +214,21 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
     assert text.startswith("run.directory = "), "once, though all else lies in there"
     assert f"{tmp_path}/file is not a directory" in text
     check_directories(parse_config({**SMALL, "run": {"directory": str(tmp_path / "new" / "run")}}))
+    data = {"blend": write_data(tmp_path / "data", 3, seed=0)}
+    check_files(parse_config({**SMALL, "data": data}))
+    tokens, index = (tmp_path / "data.bin").read_bytes(), (tmp_path / "data.idx").read_bytes()
+    for name, content, rule in (
+        ("data.bin", tokens[:-2], f"data.bin has {len(tokens) - 2} bytes, and its index counts {len(tokens)}"),
+        ("data.idx", index[:-8], f"data.idx has {len(index) - 8} bytes instead of {len(index)}"),
+        ("data.idx", index[:20], "data.idx is not the index of a Megatron data set"),
+        ("data.idx", b"version https://git-lfs.github.com/spec/v1", "data.idx is not the index of a Megatron data set"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        text = message(check_files, parse_config({**SMALL, "data": data}))
+        assert rule in text
+        assert text.endswith("-> copy it again, or write it anew with `megasparse preprocess`")
+        (tmp_path / "data.bin").write_bytes(tokens)
+        (tmp_path / "data.idx").write_bytes(index)
     (tmp_path / "broken.json").write_text("{}")
     data = {"tokenizer": str(tmp_path / "broken.json")}
     assert "not a readable tokenizer" in message(parse_config, {**SMALL, "data": data})

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.config.errors import ConfigError, Problem
+from megasparse.config.index_file import damage
 from megasparse.config.schema import Config
 
 
 def check_files(cfg: Config) -> None:
-    """Data, tokenizer and checkpoint must be there, and the data made with that tokenizer.
+    """Data, tokenizer and checkpoint must be there, the data whole and made with that tokenizer.
 
     Raises ConfigError naming what is not so. Data sets of other tools, without the `.json` that `megasparse
     preprocess` writes beside them, are taken as they are.
     """
     problems = [*_missing_files(cfg)]
     if not problems:
-        problems += _foreign_tokens(cfg)
+        problems += [*_damaged_data(cfg), *_foreign_tokens(cfg)]
     if problems:
         raise ConfigError(problems, host_specific=True)
 
@@ -66,6 +67,13 @@ def _missing_files(cfg: Config) -> Iterator[Problem]:
     if cfg.checkpoint.load and not Path(cfg.checkpoint.load).exists():
         fix = "give a checkpoint or run directory"
         yield Problem("checkpoint.load", f"no such path {here}", fix, cfg.checkpoint.load)
+
+
+def _damaged_data(cfg: Config) -> Iterator[Problem]:
+    for prefix in cfg.data.prefixes:
+        rule = damage(prefix)
+        if rule is not None:
+            yield Problem("data", rule, "copy it again, or write it anew with `megasparse preprocess`", prefix)
 
 
 def _description(prefix: str) -> dict[str, Any]:
