@@ -13,13 +13,13 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megasparse.config import Config, RopeScaling
+from megasparse.config import Config, ConfigError, Problem, RopeScaling
 from megasparse.megatron.cpu_runtime import enable_cpu_runtime
 from megasparse.megatron.cross_entropy import cross_entropy
 from megasparse.megatron.fp8 import fp8_options
 from megasparse.megatron.init import initialize
 from megasparse.megatron.sparse_mlp import iter_sparse_mlps
-from megasparse.megatron.spec import block_spec, layer_spec, resolve_implementation
+from megasparse.megatron.spec import block_spec, have_transformer_engine, layer_spec, resolve_implementation
 
 
 def transformer_config(cfg: Config) -> TransformerConfig:
@@ -30,10 +30,10 @@ def transformer_config(cfg: Config) -> TransformerConfig:
     is left at its default.
 
     Raises:
-        ConfigError: where this machine cannot do `training.fp8`.
-        RuntimeError: where the configuration needs Transformer Engine otherwise and it is not there.
+        ConfigError: where the configuration needs Transformer Engine and this machine cannot do it.
     """
     enable_cpu_runtime()
+    _check_transformer_engine(cfg)
     model, parallel, training = cfg.model, cfg.parallel, cfg.training
     cuda = torch.cuda.is_available()
     options = fp8_options(cfg)
@@ -46,11 +46,6 @@ def transformer_config(cfg: Config) -> TransformerConfig:
         options["recompute_method"] = "block" if training.recompute_layers else "uniform"
         options["recompute_num_layers"] = training.recompute_layers or 1
     elif training.recompute == "selective":
-        if "layernorm" in training.recompute_modules and importlib.util.find_spec("transformer_engine") is None:
-            raise RuntimeError(
-                "training.recompute_modules: Megatron-Core recomputes layernorm with Transformer Engine alone; install "
-                "it (pip install 'transformer-engine[pytorch]') or leave layernorm out"
-            )
         options["recompute_modules"] = list(training.recompute_modules)
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -97,6 +92,21 @@ def transformer_config(cfg: Config) -> TransformerConfig:
         recompute_granularity=None if training.recompute == "none" else training.recompute,
         **options,
     )
+
+
+def _check_transformer_engine(cfg: Config) -> None:
+    model, training, problems = cfg.model, cfg.training, []
+    if model.implementation == "te" and not have_transformer_engine():
+        rule = "Transformer Engine cannot be used here (not installed, not importable, or no GPU)"
+        fix = "install it (pip install 'transformer-engine[pytorch]'), or set auto or local"
+        problems.append(Problem("model.implementation", rule, fix, model.implementation))
+    layernorm = training.recompute == "selective" and "layernorm" in training.recompute_modules
+    if layernorm and importlib.util.find_spec("transformer_engine") is None:
+        rule = "Megatron-Core recomputes layernorm with Transformer Engine alone, which is not installed"
+        fix = "leave layernorm out, or install it (pip install 'transformer-engine[pytorch]')"
+        problems.append(Problem("training.recompute_modules", rule, fix, list(training.recompute_modules)))
+    if problems:
+        raise ConfigError(problems, host_specific=True)
 
 
 class LanguageModel(GPTModel):

@@ -50,10 +50,13 @@ def test_spec_for_megatron_lm() -> None:
 def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(RuntimeError, match="Transformer Engine cannot be used here"):
         layer_spec("te")
-    with pytest.raises(RuntimeError, match="recompute_modules"):
-        transformer_config(
-            make_config(training__recompute="selective", training__recompute_modules=["layernorm", "mlp"])
-        )
+    cfg = make_config(
+        model__implementation="te", training__recompute="selective", training__recompute_modules=["layernorm", "mlp"]
+    )
+    with pytest.raises(ConfigError) as found:
+        transformer_config(cfg)
+    assert [problem.key for problem in found.value.problems] == ["model.implementation", "training.recompute_modules"]
+    assert found.value.host_specific
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
