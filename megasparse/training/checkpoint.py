@@ -248,8 +248,7 @@ class Checkpointer:
         for mlp in state.mlps:
             mlp.recorder.steps_since_fired.copy_(loaded["neurons"][str(mlp.layer_index)])
         run = common["run"]
-        for change in changed_settings(self._cfg, run["config"]) if dist.get_rank() == 0 else ():
-            log.info("checkpoint: changed since %s: %s", path.name, change)
+        _say_changed(path, changed_settings(self._cfg, run["config"]))
         state.step = run["step"]
         state.consumed_samples = run["consumed_samples"]
         state.consumed_tokens = run["consumed_tokens"]
@@ -270,10 +269,14 @@ class Checkpointer:
         return dict(run["extra"])
 
     def load_weights(self, path: Path, model: Sequence[torch.nn.Module], optimizer: Any) -> int:
-        """Loads the model alone. `optimizer` (or None) takes its master weights from it. Returns the saved step."""
+        """Loads the model alone, and says where it is now another: rotary base, norm epsilon.
+
+        `optimizer` (or None) takes its master weights from it. Returns the saved step.
+        """
         _check_content(path)
         common = dist_checkpointing.load_common_state_dict(str(path))
         check_same_model(self._cfg, common["run"]["config"], path, optimizer=False)
+        _say_changed(path, changed_settings(self._cfg, common["run"]["config"], ("model",)))
         self._set_model(model, self._load(path, self._model_content(model)))
         if optimizer is not None:
             optimizer.reload_model_params()
@@ -324,6 +327,11 @@ class Checkpointer:
             "config": self._cfg.model_dump(mode="json"),
             "extra": extra,
         }
+
+
+def _say_changed(path: Path, changes: Sequence[str]) -> None:
+    for change in changes if dist.get_rank() == 0 else ():
+        log.info("checkpoint: changed since %s: %s", path.name, change)
 
 
 def _start_helper() -> None:

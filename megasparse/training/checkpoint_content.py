@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,12 @@ def check_same_model(cfg: Config, saved: dict[str, Any], path: Path, optimizer: 
         )
 
 
-def changed_settings(cfg: Config, saved: dict[str, Any]) -> list[str]:
-    """Every key that bears on the training and is not what it was in the configuration of a checkpoint."""
-    sections = ("model", "sparsity", "parallel", "data", "training", "optimizer")
+def changed_settings(
+    cfg: Config,
+    saved: dict[str, Any],
+    sections: Sequence[str] = ("model", "sparsity", "parallel", "data", "training", "optimizer"),
+) -> list[str]:
+    """Every key of these sections that is not what it was in the configuration of a checkpoint."""
     own, before = (dict(_leaves({s: whole[s] for s in sections})) for whole in (cfg.model_dump(mode="json"), saved))
     return [f"{key}: {before[key]} -> {own[key]}" for key in own if key in before and own[key] != before[key]]
 

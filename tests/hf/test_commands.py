@@ -53,6 +53,11 @@ def test_import_train_export(tmp_path: Path) -> None:
 
     done = megasparse("pretrain", config)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed since" not in done.stderr
+    done = megasparse(
+        "pretrain", config, "model.rotary_base=50000", f"run.directory={tmp_path}/other", "training.steps=1"
+    )
+    assert "checkpoint: changed since imported: model.rotary_base: 10000.0 -> 50000.0" in done.stderr
 
     done = megasparse("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--verify", "--verify-tokens", 24)
     assert done.returncode == 0, done.stderr
