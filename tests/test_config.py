@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megasparse.config import (
     L1Config,
     check_files,
     dump_config,
+    known_settings,
     load_config,
     load_with_origins,
     parse_config,
@@ -132,6 +134,18 @@ def test_resolved_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
     (tmp_path / "resolved.yaml").write_text(dump_config(cfg))
     assert load_config(tmp_path / "resolved.yaml") == cfg
     assert Config.model_validate(cfg.model_dump()) == cfg
+
+
+def test_a_configuration_of_another_version_is_read_without_what_is_unknown() -> None:
+    cfg = parse_config({**SMALL, "model": {**SMALL["model"], "rope_scaling": {"factor": 8.0}}})
+    saved = cfg.model_dump(mode="json")
+    assert known_settings(saved) == (saved, [])
+    newer = copy.deepcopy(saved)
+    newer["model"]["rope_scaling"]["extra"] = 1
+    newer["training"]["novel"] = {"a": 1, "b": 2}
+    part, unknown = known_settings(newer)
+    assert unknown == ["model.rope_scaling.extra", "training.novel.a", "training.novel.b"]
+    assert parse_config(part) == cfg
 
 
 def test_the_papers_recipe() -> None:

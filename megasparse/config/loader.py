@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from megasparse.config.errors import ConfigError, Problem
 from megasparse.config.files import Key, Yaml12, read_chain
-from megasparse.config.messages import translate
+from megasparse.config.messages import schema_keys, translate
 from megasparse.config.rules import find_problems
 from megasparse.config.schema import Config, L1Config
 from megasparse.config.vocab import tokenizer_vocab_size
@@ -56,6 +56,22 @@ def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source:
     """A checked configuration from a nested dict, by the same rules as `load_config`."""
     origins = {key: Origin(0, source) for key, _ in _leaves(data)}
     return _build(copy.deepcopy(dict(data)), origins, overrides).config
+
+
+def known_settings(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A configuration that another version of this package saved: the part that this one knows, and the other keys."""
+    known = set(schema_keys())
+    part: dict[str, Any] = {}
+    unknown = []
+    for key, value in _leaves(saved):
+        if key not in known:
+            unknown.append(".".join(key))
+            continue
+        section = part
+        for name in key[:-1]:
+            section = section.setdefault(name, {})
+        section[key[-1]] = value
+    return part, unknown
 
 
 def load_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.config import Config, check_files, parse_config
+from megasparse.config import Config, check_files, known_settings, parse_config
 from megasparse.megatron import LayerStats, build_model, iter_sparse_mlps
 from megasparse.megatron.fp8 import amax_kept
 from megasparse.training import checkpoint_files
@@ -23,6 +24,8 @@ from megasparse.training.distributed import initialize, read_environment, shut_d
 from megasparse.training.layer_stats import LayerCounter
 from megasparse.training.optimizer import gather_parameters
 from megasparse.training.step import read_reduction, run_schedule, start_reduction
+
+log = logging.getLogger("megasparse")
 
 
 def run_validation(
@@ -86,10 +89,13 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
         ConfigError: the overrides do not fit.
     """
     path = checkpoint_files.resolve(Path(run))
-    # What the run itself started from is not needed any more.
-    cfg = parse_config(config_of(path), ["checkpoint.load=null", *with_training_data(overrides)], source=str(path))
-    check_files(cfg)
     launch = read_environment()
+    saved, unknown = known_settings(config_of(path))
+    if unknown and launch.rank == 0:
+        log.warning("%s: was saved by another version of megasparse; left out: %s", path, ", ".join(unknown))
+    # What the run itself started from is not needed any more.
+    cfg = parse_config(saved, ["checkpoint.load=null", *with_training_data(overrides)], source=str(path))
+    check_files(cfg)
     cfg.validate(launch.world_size)
     device = initialize(cfg, launch)
     try:
