@@ -53,6 +53,7 @@ def of_file(tmp_path: Path, text: str, *overrides: str) -> str:
         ("data: {blend: [[a, 0.5]]}", ["data.blend = [['a', 0.5]]"]),
         ("data: {blend: []}", ["data.blend"]),
         ("run: {name: a/b}", ["run.name = 'a/b'"]),
+        ("run: {name: 7}", ["run.name = 7", """quote it: run.name="'7'" on the command line, '7' in a file"""]),
     ],
 )
 def test_single_keys(tmp_path: Path, line: str, words: list[str]) -> None:

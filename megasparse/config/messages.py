@@ -91,6 +91,8 @@ def _fix(item: Any, key: Key) -> str:
         return f"did you mean {close[0]}?" if close else ""
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"write it as {int(value)}"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f"quote it: {'.'.join(key)}=\"'{value}'\" on the command line, '{value}' in a file"
     if kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
         return "write a plain number, without quotes" if kind != "bool_type" else "write true or false, without quotes"
     return ""
