@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megasparse.mlp import MainGrads, sparse_mlp
+from megasparse.mlp import MainGrads, MLPStats, sparse_mlp
 from megasparse.mlp.synthetic import fit
 from tests.gpu import NEEDS_HOPPER
 from tests.mlp.patterns import PATTERNS, Case, make_case, reference, relative_error
@@ -60,13 +60,13 @@ def check(case: Case, **options: object) -> None:
             worst, allowed = float(sparse_error.abs().max()), float(dense_error.abs().max())
             assert worst <= 1.5 * allowed + 1e-3 * float(magnitude.max()), f"{name}: element {worst}, dense {allowed}"
     # The two gate products may round differently at zero: a few neurons in a million may differ.
-    tokens, active, fired, union, tiles, tile_counts = sparse[5:]
-    assert tokens == dense[5]
-    assert abs(int(active) - int(dense[6])) <= 1e-4 * int(dense[6]) + 4
-    assert (fired != dense[7]).sum() <= 1e-3 * fired.numel() + 2
-    assert abs(int(union) - int(dense[8])) <= 1e-3 * int(dense[8]) + 4
-    assert tiles == dense[9]
-    assert tile_counts.sum() == union
+    found, of_dense = MLPStats(*sparse[5:]), MLPStats(*dense[5:])
+    assert found.tokens == of_dense.tokens
+    assert abs(int(found.active) - int(of_dense.active)) <= 1e-4 * int(of_dense.active) + 4
+    assert (found.fired != of_dense.fired).sum() <= 1e-3 * found.fired.numel() + 2
+    assert abs(int(found.union) - int(of_dense.union)) <= 1e-3 * int(of_dense.union) + 4
+    assert found.tiles == of_dense.tiles
+    assert found.tile_counts.sum() == found.union
 
 
 def cuda_case(*arguments: object, **keywords: object) -> Case:
@@ -256,8 +256,9 @@ def test_dense_path_counts_as_the_pytorch_one() -> None:
         on_cpu = sparse_mlp(*(tensor.cpu() for tensor in case[:3]), token_mask=mask.cpu())
     assert relative_error(on_gpu[0].cpu(), on_cpu.y) < 1e-2
     assert relative_error(on_gpu[1].cpu(), on_cpu.l1) < 1e-3
-    assert on_gpu[5] == on_cpu.stats.tokens == mask.sum()
-    assert abs(int(on_gpu[6]) - int(on_cpu.stats.active)) <= 3
+    stats = MLPStats(*on_gpu[5:])
+    assert stats.tokens == on_cpu.stats.tokens == mask.sum()
+    assert abs(int(stats.active) - int(on_cpu.stats.active)) <= 3
 
 
 SANITIZED = """
