@@ -17,7 +17,7 @@ from megasparse.config import Config
 from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_files import CheckpointError
 
-RECORDER_SUMS = ("tokens", "active", "l1", "union", "tiles", "tile_counts", "fired")
+RECORDER_SUMS = ("tokens", "active", "l1", "union", "tiles", "tile_counts")
 """Sums of `LayerStats` since the last log step: routers and metrics go on as if nothing had happened."""
 
 MODEL_KEYS = (
