@@ -25,6 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import megasparse
+from megasparse.config.files import Yaml12
 
 LAUNCHERS = Path(megasparse.__file__).resolve().parent.parent / "slurm"
 
@@ -53,7 +54,7 @@ def read_job(path: Path) -> Job:
         LaunchFileError: no such file, no YAML, or a key that is unknown or has the wrong type.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Yaml12)  # YAML 1.1 takes a time of 10:00 for the number 600
         job = Job.model_validate(content)
     except OSError as error:
         raise LaunchFileError(f"{path}: {error.strerror}") from error

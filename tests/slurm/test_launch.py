@@ -47,6 +47,13 @@ def test_rendered_script_has_the_flags_once_and_the_arguments_quoted(tmp_path: P
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+def test_times_need_no_quotes(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("job: pretrain\nsbatch: {time: 24:00:00, begin: 10:30}\n")
+    script = render(read_job(tmp_path / "job.yaml"))
+    assert "#SBATCH --time=24:00:00\n" in script
+    assert "#SBATCH --begin=10:30\n" in script
+
+
 @pytest.mark.parametrize("launcher", sorted(LAUNCHERS.glob("*.sbatch")), ids=lambda path: path.stem)
 def test_every_launcher_renders(launcher: Path, tmp_path: Path) -> None:
     job = read_job(write(tmp_path / "job.yaml", {"job": launcher.stem, "sbatch": {"time": "1:00"}}))
