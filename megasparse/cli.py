@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,6 +139,13 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _positive(text: str) -> float:
+    with suppress(ValueError):
+        if (value := float(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+
+
 def _add_pretrain(commands: Any) -> None:
     parser = commands.add_parser(
         "pretrain",
@@ -149,8 +157,8 @@ def _add_pretrain(commands: Any) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
     plan = parser.add_argument_group("with --dry-run")
     plan.add_argument("--world-size", type=int, metavar="N", help="GPUs of the job (the smallest that fits)")
-    plan.add_argument("--l0", type=float, metavar="L0", help="active neurons per token to assume")
-    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="warn where a GPU of this size is too small")
+    plan.add_argument("--l0", type=_positive, metavar="L0", help="active neurons per token to assume")
+    plan.add_argument("--gpu-memory", type=_positive, metavar="GIB", help="warn where a GPU of this size is too small")
     parser.set_defaults(run=_pretrain)
 
 
@@ -259,8 +267,11 @@ def _quiet_megatron() -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from megasparse.config import check_directories, check_files, load_with_origins
+    from megasparse.config import ConfigError, Problem, check_directories, check_files, load_with_origins
 
+    for option in ("--world-size", "--l0", "--gpu-memory"):
+        if not args.dry_run and getattr(args, option.lstrip("-").replace("-", "_")) is not None:
+            raise ConfigError([Problem(option, "is of --dry-run alone", "add --dry-run, or leave it out")])
     loaded = load_with_origins(args.config, args.overrides)
     if args.dry_run:
         from megasparse.plan_text import print_plan

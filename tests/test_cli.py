@@ -80,6 +80,10 @@ def test_dry_run_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "Too much for 0.001 GiB" in capsys.readouterr().out
     assert main("pretrain", path, "--dry-run", "--world-size", "3") == 2
     assert "training.global_batch_size = 8" in capsys.readouterr().err
+    assert main("pretrain", path, "--world-size", "4") == 2
+    assert "--world-size: is of --dry-run alone" in capsys.readouterr().err, "else a run would start"
+    assert main("pretrain", path, "--dry-run", "--l0=-4") == 2
+    assert "argument --l0: '-4' is not a positive number" in capsys.readouterr().err
     assert not list(tmp_path.glob("runs")), "a dry run writes nothing"
 
 
