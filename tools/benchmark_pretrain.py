@@ -65,6 +65,7 @@ from megasparse.monitoring.energy import EnergyMeter
 from megasparse.monitoring.sparsity import LayerSparsity
 from megasparse.training.checkpoint_files import CheckpointError, resolve
 from megasparse.training.distributed import LaunchError, StorageError, shut_down
+from megasparse.training.garbage import GarbageCollection
 from megasparse.training.loop import Run, run_step, save
 
 NEVER = 10**9
@@ -162,15 +163,16 @@ def room_for_another(record: dict[str, Any], run: Run) -> bool:
 def compare(bench: Bench, variants: list[Variant], layers: list[LayerSparsity]) -> None:
     """Windows in turns, then a profile of each; ends the loaders."""
     energy = EnergyMeter()
-    for turn in range(bench.arguments.rounds):
-        for variant in variants if turn % 2 == 0 else reversed(variants):
-            window(variant, bench.arguments.steps, energy)
-            note_speed(bench, variant, layers)
-        bench.say(", ".join(f"{v.name} {v.windows[-1]['tokens_per_second']:,.0f}" for v in variants) + " tokens/s")
-        bench.write()
-    for variant in variants:
-        note_breakdown(bench, variant)
-        bench.write()
+    with GarbageCollection():  # as in training
+        for turn in range(bench.arguments.rounds):
+            for variant in variants if turn % 2 == 0 else reversed(variants):
+                window(variant, bench.arguments.steps, energy)
+                note_speed(bench, variant, layers)
+            bench.say(", ".join(f"{v.name} {v.windows[-1]['tokens_per_second']:,.0f}" for v in variants) + " tokens/s")
+            bench.write()
+        for variant in variants:
+            note_breakdown(bench, variant)
+            bench.write()
     for variant in variants:
         variant.loader.close()
 
