@@ -21,9 +21,9 @@ class GarbageCollection:
         gc.disable()
         return self
 
-    def after_step(self, step: int) -> None:
-        """Collects where it is due."""
-        if step % INTERVAL == 0:
+    def after_step(self, step: int, *, paused: bool) -> None:
+        """Collects where it is due, and where training paused after this step: what did so left more behind."""
+        if paused or step % INTERVAL == 0:
             gc.collect()
 
     def __exit__(

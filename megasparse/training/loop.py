@@ -90,15 +90,17 @@ def train(run: Run) -> StopReason:
             reason = result.stop
             last = state.step == cfg.training.steps
             end = last or reason != StopReason.NONE
-            if is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE:
+            evaluates = is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE
+            # While steps are skipped the weights may be what is broken: they must not push out checkpoints from before.
+            saves = is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0)
+            if evaluates:
                 run.heartbeat.at(state.step, "validation")
                 validate(run)
-            # While steps are skipped the weights may be what is broken: they must not push out checkpoints from before.
-            if is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0):
+            if saves:
                 run.heartbeat.at(state.step, "checkpoint")
                 save(run)
             run.checkpointer.poll()
-            garbage.after_step(state.step)
+            garbage.after_step(state.step, paused=evaluates or saves)
     if reason != StopReason.NONE:
         state.exit_reason = f"{reason.name} after step {state.step}"
     return reason
