@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,17 @@ log = logging.getLogger("megasparse")
 
 
 def run_validation(
-    cfg: Config, model: Sequence[torch.nn.Module], mlps: Sequence[Any], dataset: Any, device: torch.device
+    cfg: Config,
+    model: Sequence[torch.nn.Module],
+    mlps: Sequence[Any],
+    dataset: Any,
+    device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Loss over the first `eval_steps` global batches of `dataset`. Collective; changes nothing of the training.
+
+    Args:
+        before_batch: called before each of them.
 
     Returns:
         `eval/loss` (nats per counted token), `eval/ppl`, `eval/layer_{i}/l0` and `eval/l0` (mean over layers), the
@@ -43,6 +51,7 @@ def run_validation(
     with _evaluating(model, mlps, device), torch.no_grad():
         counter.begin()
         for _ in range(cfg.training.eval_steps):
+            before_batch()
             reports = run_schedule(cfg, model, loader.next_step(), forward_only=True)
             losses = read_reduction(start_reduction(reports, device))
             total, tokens = total + losses.total, tokens + losses.tokens

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +95,6 @@ def train(run: Run) -> StopReason:
             # While steps are skipped the weights may be what is broken: they must not push out checkpoints from before.
             saves = is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0)
             if evaluates:
-                run.heartbeat.at(state.step, "validation")
                 validate(run)
             if saves:
                 run.heartbeat.at(state.step, "checkpoint")
@@ -242,8 +242,10 @@ def step_metrics(run: Run, result: StepResult, rate: float, seconds: float, rein
 def validate(run: Run) -> None:
     """Validation, where there are data for it."""
     if run.datasets.valid is not None:
-        metrics = run_validation(run.cfg, run.state.model, run.state.mlps, run.datasets.valid, run.device)
-        run.callbacks.on_eval(run.state, metrics)
+        cfg, state = run.cfg, run.state
+        alive = partial(run.heartbeat.at, state.step, "validation")
+        metrics = run_validation(cfg, state.model, state.mlps, run.datasets.valid, run.device, before_batch=alive)
+        run.callbacks.on_eval(state, metrics)
 
 
 def save(run: Run) -> None:

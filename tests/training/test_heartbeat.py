@@ -6,10 +6,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megasparse.training.heartbeat import HANG_FILE, Beat, Heartbeat, verdict
+from tests.launch import run_distributed
+from tests.training.cases import configuration
 
 
 def beats(*places: tuple[int, str], ages: dict[int, float] | None = None) -> list[Beat]:
@@ -76,6 +79,32 @@ def test_a_rank_that_left_no_beat_is_named(tmp_path: Path, left: str | None) -> 
         content = json.loads((tmp_path / HANG_FILE).read_text())
     assert content["reason"].startswith("rank 1: no sign of life at all; waited")
     assert content["hosts"] == ""
+
+
+def phases_of_a_run(data: dict[str, Any]) -> list[tuple[int, str]]:
+    from megasparse.config import parse_config
+    from megasparse.training.loop import pretrain
+
+    phases: list[tuple[int, str]] = []
+    at = Heartbeat.at
+
+    def noted(self: Heartbeat, step: int, phase: str) -> None:
+        phases.append((step, phase))
+        at(self, step, phase)
+
+    Heartbeat.at = noted  # type: ignore[method-assign]
+    try:
+        pretrain(parse_config(data), [])
+    finally:
+        Heartbeat.at = at  # type: ignore[method-assign]
+    return phases
+
+
+def test_every_batch_of_a_validation_is_progress(tmp_path: Path, data_folder: Path) -> None:
+    """A long one must not look like a collective that does not come back."""
+    data = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 5, "eval_steps": 3})
+    (phases,) = run_distributed(1, "tests.training.test_heartbeat:phases_of_a_run", data)
+    assert [phase for step, phase in phases if phase == "validation"] == 3 * ["validation"]
 
 
 def test_one_process_has_no_heartbeat(tmp_path: Path) -> None:
