@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megasparse.mlp import MainGrads, MLPOutput, MLPStats, Path, steps
 from megasparse.mlp.call import Call, prepare, run_forward
@@ -68,6 +69,7 @@ class _TensorParallelMLP(torch.autograd.Function):
         return steps.forward(ctx, part, w_in, w_down, call, order, main_grads)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         part, backward = steps.recall(ctx, dy, dl1)
         group, shape = ctx.group, list(part.shape)

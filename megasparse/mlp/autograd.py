@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megasparse.mlp import steps
 from megasparse.mlp.call import Call
@@ -27,6 +28,7 @@ class EagerMLP(torch.autograd.Function):
         return steps.forward(ctx, x, w_in, w_down, call, order, main_grads)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, backward = steps.recall(ctx, dy, dl1)
         dx = backward.input_gradient(x)

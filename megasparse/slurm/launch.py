@@ -51,7 +51,7 @@ def read_job(path: Path) -> Job:
     """Reads a job file.
 
     Raises:
-        LaunchFileError: no such file, no YAML, or a key that is unknown or has the wrong type.
+        LaunchFileError: no such file, no YAML, a key that is unknown or has the wrong type, or no launchers here.
     """
     try:
         content = yaml.load(path.read_text(), Yaml12)  # YAML 1.1 takes a time of 10:00 for the number 600
@@ -61,9 +61,11 @@ def read_job(path: Path) -> Job:
     except yaml.YAMLError as error:
         raise LaunchFileError(f"{path}: not YAML: {error}") from error
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        lines = [": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"]])) for item in error.errors()]
         keys = ", ".join(Job.model_fields)
         raise LaunchFileError(f"{path}: " + "; ".join(lines) + f" (keys: {keys})") from error
+    if not LAUNCHERS.is_dir():
+        raise LaunchFileError(f"the launchers of {LAUNCHERS} are not there: launch from a checkout (pip install -e .)")
     for each in chain(job):
         if not (LAUNCHERS / f"{each.job}.sbatch").is_file():
             known = ", ".join(sorted(file.stem for file in LAUNCHERS.glob("*.sbatch")))

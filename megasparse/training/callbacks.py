@@ -54,7 +54,7 @@ class TrainState:
     parameters: int = 0
     """Parameters of the whole model (tied embeddings counted once)."""
     exit_reason: str | None = None
-    """Why the loop ends early ("SIGTERM on rank 3 ...", "time limit ..."), or None."""
+    """Why the loop ends early ("SIGTERM after step 20", "TIME_LIMIT after step 20", what is not finite), or None."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Small picklable things that observers want saved with every checkpoint and given back on resume, by name."""
 

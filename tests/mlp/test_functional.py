@@ -120,6 +120,14 @@ def test_nothing_is_saved_without_grad() -> None:
         assert not sparse_mlp(x, w_in, w_down).y.requires_grad
 
 
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_has_no_second_derivative_and_says_so(path: str) -> None:
+    x, w_in, w_down = leaves()
+    (dx,) = torch.autograd.grad(sparse_mlp(x, w_in, w_down, path=path).y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

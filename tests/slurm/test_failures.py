@@ -83,4 +83,4 @@ def test_user_stops_a_run_in_a_container(place: Workplace, cluster: Cluster, sto
     where, python = str(place.directory), str(place.checkout / "tests" / "slurm" / "paced_python")
     mounts = f"{place.checkout}:{place.checkout},{where}:{where},/data:/data"
     assert called[:8] == ["exec", "--nv", "--bind", mounts, "--pwd", where, "an image.sif", python]
-    assert called[8:] == ["-m", "megasparse", "pretrain", "tiny.yaml", "run.name=stopped"]
+    assert called[8:] == ["-m", "megasparse", "pretrain", "tiny.yaml", "run.name='stopped'"]

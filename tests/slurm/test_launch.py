@@ -18,7 +18,7 @@ from megasparse.training.signals import write_exit_file
 from tests.slurm.runs import ROOT
 
 
-def write(path: Path, content: dict[str, Any]) -> Path:
+def write(path: Path, content: Any) -> Path:
     path.write_text(yaml.safe_dump(content))
     return path
 
@@ -66,9 +66,10 @@ def test_every_launcher_renders(launcher: Path, tmp_path: Path) -> None:
         ({"job": "pretrain", "argument": []}, "argument"),
         ({"job": "pretrian"}, "pretrain"),
         ({"job": "pretrain", "then": [{"job": "nothing"}]}, "nothing"),
+        ([{"job": "pretrain"}], "job.yaml: Input should be"),
     ],
 )
-def test_mistakes_in_the_job_file_are_named(content: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_mistakes_in_the_job_file_are_named(content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(LaunchFileError, match=message):
         read_job(write(tmp_path / "job.yaml", content))
 
