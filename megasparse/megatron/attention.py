@@ -95,6 +95,9 @@ class SDPAttention(MegatronModule):
             allowed = self._causal(query.size(0), key.size(0), query.device)
         # [s, b, heads, width] -> [b, heads, s, width]
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if allowed is not None and k.size(1) != q.size(1):
+            # With a mask only the kernel that holds the whole matrix of scores takes grouped heads.
+            k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
         dropout = self.dropout if self.training else 0.0
         with self._random_state(dropout):
             context = F.scaled_dot_product_attention(

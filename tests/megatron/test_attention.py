@@ -50,6 +50,22 @@ def test_against_the_formula(mask: str, groups: int) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("groups", [16, 4])
+def test_a_document_mask_costs_no_matrix_of_scores(groups: int) -> None:
+    tokens, heads = 4096, 16
+    attention = SDPAttention(transformer_config(make_config()), 1, AttnMaskType.causal, "self")
+    place = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    q = torch.randn(tokens, 1, heads, 64, **place)
+    k, v = (torch.randn(tokens, 1, groups, 64, **place) for _ in range(2))
+    forbidden = torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").triu(1)[None, None]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(q, k, v, forbidden).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < heads * tokens**2 * 2 / 3  # a third of the scores in bf16
+
+
 def test_refuses_what_it_does_not_do() -> None:
     attention = SDPAttention(transformer_config(make_config()), 1, AttnMaskType.causal, "self")
     q = torch.zeros(4, 1, 4, 8)
