@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
 from megasparse.config import Config
 from megasparse.monitoring.breakdown import GRADIENTS, OPTIMIZER
 from megasparse.training.data import MicroBatch
+from megasparse.training.gradients import finish_gradients
 from megasparse.training.optimizer import clip_gradients, ddp_config
 from megasparse.training.own_time import OwnTime
 from megasparse.training.signals import StopReason
@@ -60,7 +60,7 @@ def connect_schedule(model: Sequence[torch.nn.Module], own_time: OwnTime) -> Non
 
     def finish(*arguments: Any, **options: Any) -> None:
         own_time.stop()
-        finalize_model_grads(*arguments, **options)
+        finish_gradients(*arguments, **options)
 
     config: Any = model[0].config
     config.finalize_model_grads_func = finish

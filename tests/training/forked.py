@@ -119,6 +119,7 @@ def _rank(configuration: dict[str, Any], world: int, actions: dict[str, Any], ra
 
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in a shell's background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where they run under nohup
     output = os.open(out / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -93,6 +93,12 @@ def test_a_second_ctrl_c_ends_the_process(
         signal.signal(signal.SIGINT, before)
 
 
+def own_terminal() -> None:
+    """Standard input becomes the terminal whose end a process hears of, also where the tests run under nohup."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_closed_terminal_stops_the_run(tmp_path: Path, data_folder: Path) -> None:
     """Though everything that it prints from then on is an error."""
     sections = {"training": {"steps": 100_000}, "logging": {"console": True, "jsonl": False, "report": False}}
@@ -102,7 +108,7 @@ def test_a_closed_terminal_stops_the_run(tmp_path: Path, data_folder: Path) -> N
     process = subprocess.Popen(
         [sys.executable, "-m", "megasparse", "pretrain", str(tmp_path / "run.yaml")], cwd=ROOT,
         stdin=end, stdout=end, stderr=end, env={**os.environ, "TERM": "xterm"}, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )  # fmt: skip
     os.close(end)
     shown = b""
