@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-COUNTS = ("tokens", "active", "tiles", "union")
+COUNTS = ("tokens", "active", "union", "tiles")
+"""Columns of the table, as `LayerStats.counts` has them."""
 
 
 class LayerCounts(NamedTuple):
@@ -43,6 +44,9 @@ class LayerCounter:
         self._mlps = list(mlps)
         self._layers, self._width = layers, width
         self._counts_tokens = parallel_state.get_tensor_model_parallel_rank() == 0
+        device = self._mlps[0].recorder.counts.device if self._mlps else torch.cuda.current_device()
+        # Made once: for an index from the host, the host would wait for all that the GPU has to do before.
+        self._rows = torch.tensor([mlp.layer_index for mlp in self._mlps], dtype=torch.int64, device=device)
         self._before: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, Any] | None = None
         """The reduced table on the host, and the CUDA event after which it is there (None without CUDA)."""
@@ -75,17 +79,15 @@ class LayerCounter:
             copied.synchronize()
         rows = table.tolist()
         l0 = [active / tokens if tokens else 0.0 for tokens, active, _, _ in rows]
-        union = [union / (tiles * self._width) if tiles else 0.0 for _, _, tiles, union in rows]
+        union = [union / (tiles * self._width) if tiles else 0.0 for _, _, union, tiles in rows]
         return LayerCounts(l0, union)
 
     def _table(self) -> torch.Tensor:
         """int64 [layers, 4] of this rank's contributions; rows of other ranks' layers are zero."""
-        device = next(iter(self._mlps)).recorder.tokens.device if self._mlps else torch.cuda.current_device()
-        table = torch.zeros(self._layers, len(COUNTS), dtype=torch.int64, device=device)
+        table = torch.zeros(self._layers, len(COUNTS), dtype=torch.int64, device=self._rows.device)
         if self._mlps:
-            values = torch.stack([getattr(mlp.recorder, name) for mlp in self._mlps for name in COUNTS])
-            values = values.view(len(self._mlps), len(COUNTS))
+            values = torch.stack([mlp.recorder.counts for mlp in self._mlps])
             if not self._counts_tokens:
-                values[:, 0::2] = 0
-            table[[mlp.layer_index for mlp in self._mlps]] = values
+                values[:, 0::3] = 0  # tokens and tiles
+            table.index_copy_(0, self._rows, values)
         return table
