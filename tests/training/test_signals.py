@@ -112,10 +112,13 @@ def test_a_closed_terminal_stops_the_run(tmp_path: Path, data_folder: Path) -> N
     )  # fmt: skip
     os.close(end)
     shown = b""
-    while b"loss" not in shown:
-        shown += os.read(terminal, 4096)
-    os.close(terminal)
-    assert process.wait(timeout=60) == EXIT_REQUEUE, shown.decode()
+    try:
+        while b"loss" not in shown:
+            shown += os.read(terminal, 4096)
+        os.close(terminal)
+        assert process.wait(timeout=60) == EXIT_REQUEUE, shown.decode()
+    finally:
+        process.kill()  # it would train for hours
     left = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert left["reason"] == "SIGHUP"
     assert read_latest(tmp_path / "run" / "checkpoints") == f"step_{left['step']:08d}"
