@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study_tables import layer_mean, of
+from study_tables import excess_loss, layer_mean, of
 
 Record = dict[str, Any]
 
 
 def plot(records: Sequence[Record], variants: Sequence[str], path: Path) -> None:
-    """Finished runs above; below, one column for every variant that steers its coefficients: L0 and coefficients of
-    every layer over the steps of its first seed."""
+    """Finished runs above, their losses against those of the first variant; below, one column for every variant that
+    steers its coefficients: L0 and coefficients of every layer over the steps of its first seed."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     finished = [record for record in records if record["finished"]]
+    reference = variants[0]
     variants = [variant for variant in variants if of(finished, variant)]
     if not variants:
         return
@@ -26,7 +27,7 @@ def plot(records: Sequence[Record], variants: Sequence[str], path: Path) -> None
     figure = plt.figure(figsize=(max(16, 3.4 * len(steered)), 12.5 if steered else 5), layout="constrained")
     top, *lower = figure.subfigures(2, 1, height_ratios=[1, 1.5]) if steered else [figure.subfigures(1, 1)]
     quality, active, union = top.subplots(1, 3)
-    draw_quality(quality, finished, variants, colours)
+    draw_quality(quality, finished, variants, reference, colours)
     draw_layers(active, finished, variants, colours, "l0", "L0 (active neurons a token)")
     logarithmic(active)
     draw_layers(union, finished, variants, colours, "union_fraction", "union of 128 tokens, share of the width")
@@ -66,15 +67,19 @@ def palette(modes: Sequence[str]) -> list[Any]:
     return colours
 
 
-def draw_quality(axis: Any, records: Sequence[Record], variants: Sequence[str], colours: dict[str, Any]) -> None:
+def draw_quality(
+    axis: Any, records: Sequence[Record], variants: Sequence[str], reference: str, colours: dict[str, Any]
+) -> None:
     markers = {"off": "s", "constant": "^", "target": "o"}
     for variant in variants:
         runs = of(records, variant)
-        points = [(layer_mean(record, "union_fraction"), record["eval_loss"]) for record in runs]
+        points = [
+            (layer_mean(record, "union_fraction"), excess_loss(record, of(records, reference))) for record in runs
+        ]
         style = {"color": colours[variant], "marker": markers[mode_of(runs[0])], "label": variant}
         axis.plot(*zip(*points, strict=True), linewidth=0.8, markersize=8, alpha=0.9, **style)  # None: a gap
     axis.set_xlabel("union of 128 tokens, share of the width, mean over layers")
-    axis.set_ylabel("validation loss (nats a token)")
+    axis.set_ylabel(f"validation loss against {reference}, same seed (nats a token)")
     axis.set_title("quality against what the kernels pay for; one point a seed", fontsize=10)
     axis.grid(alpha=0.3)
 

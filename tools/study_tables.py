@@ -22,9 +22,15 @@ def of(records: Sequence[Record], variant: str) -> list[Record]:
     return [record for record in records if record["variant"] == variant]
 
 
+def excess_loss(record: Record, reference: Sequence[Record]) -> float | None:
+    """Validation loss above that of the reference at the same seed, which reads the same held-out samples."""
+    against = {run["seed"]: run["eval_loss"] for run in reference}
+    losses = record["eval_loss"], against.get(record["seed"])
+    return None if None in losses else losses[0] - losses[1]
+
+
 def by_variant(records: Sequence[Record], variants: Sequence[str]) -> str:
     reference = of(records, variants[0])
-    against = {record["seed"]: record["eval_loss"] for record in reference}
     mlp = any(record["mlp"] for record in records)
     columns = [
         "variant", "seeds", "validation loss", f"against {variants[0]}, same seed", "mean L0", "mean union",
@@ -37,16 +43,12 @@ def by_variant(records: Sequence[Record], variants: Sequence[str]) -> str:
         if not runs:
             continue
 
-        def difference(record: Record) -> float | None:
-            losses = record["eval_loss"], against.get(record["seed"])
-            return None if None in losses else losses[0] - losses[1]
-
         is_reference = variant == variants[0]
         cells = [
             variant,
             " ".join(str(record["seed"]) for record in runs),
             spread(runs, lambda record: record["eval_loss"], "{:.4f}"),
-            "" if is_reference else spread(runs, difference, "{:+.4f}"),
+            "" if is_reference else spread(runs, lambda record: excess_loss(record, reference), "{:+.4f}"),
             mean_text(runs, lambda record: layer_mean(record, "l0"), "{:.0f}"),
             mean_text(runs, lambda record: layer_mean(record, "union_fraction"), "{:.3f}"),
             largest(runs, "union_fraction", "{:.3f}"),
