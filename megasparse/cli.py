@@ -260,10 +260,17 @@ def _preprocess(args: argparse.Namespace) -> int:
 
 def _quiet_megatron() -> None:
     """Megatron warns of absent optional packages, from every rank; `megasparse doctor` says it once, with the cost.
-    And torch warns of what Megatron's checkpoints use of it, and on a login node of a compiler without a GPU."""
+    And torch warns of what Megatron's checkpoints use of it, and on a login node of a compiler without a GPU. Megatron
+    0.19's own deprecations (each module logs one warning, and that is it) are for its callers, which users are not."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for name in (
+        "torch.utils.cpp_extension",
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.distributed.distributed_data_parallel",
+        "megatron.core.dist_checkpointing.strategies.torch",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _pretrain(args: argparse.Namespace) -> int:
