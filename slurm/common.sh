@@ -82,7 +82,7 @@ run_once() {
 # Where the ranks meet: the first node, as SLURM itself reaches it, and a port of this job below the ephemeral range.
 set_rendezvous() {
     local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not head: it may end scontrol by SIGPIPE
     MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     MASTER_ADDR=${MASTER_ADDR:-$first}
     local try

@@ -63,3 +63,35 @@ def test_containers(runtime: str, tmp_path: Path) -> None:
         assert arguments.splitlines() == common
         inside = ["apptainer", "exec", "--nv", "--bind", mounts, "--pwd", str(work), "/an image.sqsh", "python"]
         assert python.splitlines() == inside
+
+
+def bash(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a piece of the launchers in their shell mode, with as little environment as `sbatch --export=NONE`."""
+    command = ["bash", "-c", f"set -euo pipefail; root='{ROOT}'; {script}", "bash", *arguments]
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_the_first_of_many_failures_is_found(tmp_path: Path) -> None:
+    """Thousands of ranks may fail together, where storage does or they cannot meet."""
+    (tmp_path / "exit").mkdir()
+    for rank in range(3000):
+        code = 0 if rank > 2990 else 1
+        (tmp_path / "exit" / f"rank_{rank:05d}").write_text(f"{1763776800.5 - rank} {rank} {code} node{rank:04d}\n")
+    (definition,) = re.findall(r"^first_failure\(\).*$", (ROOT / "slurm" / "pretrain.sbatch").read_text(), re.MULTILINE)
+    for _ in range(10):  # which end of a pipe is closed first is a matter of luck
+        found = bash(f'{definition}; logs=$1; failure=$(first_failure); echo "$failure"', str(tmp_path))
+        assert (found.returncode, found.stdout) == (0, "1763773810.5 2990 1 node2990\n"), found.stderr
+
+
+def test_ranks_of_thousands_of_nodes_find_the_first(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/bash\n[[ $2 == hostnames ]] && seq -f n%05g 1 5000 || echo "NodeName=$4 NodeAddr=10.0.0.1 Port=1"\n'
+    )
+    scontrol.chmod(0o755)
+    script = 'source "$root/slurm/common.sh"; set_rendezvous; echo "$MASTER_ADDR"'
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[00001-05000]"}
+    for _ in range(10):
+        found = bash(script, **environment)
+        assert (found.returncode, found.stdout) == (0, "10.0.0.1\n"), found.stderr
