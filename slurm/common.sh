@@ -32,20 +32,30 @@ attend() {
     return "$code"
 }
 
-# Sources the site file, activates the virtual environment, fills `python` and `container`.
+# Sources a file that is the site's or the user's, who may rely on unset variables being empty; what fails in it ends the
+# job with a word of where.
+source_foreign() {
+    local file=$1
+    set +u -E
+    trap 'give_up "$file: code $? of: ${BASH_COMMAND/#source*/its last command}" 1' ERR
+    # shellcheck disable=SC1090
+    source "$file"
+    trap - ERR
+    set -u +E
+}
+
+# Sources the site file, activates the virtual environment, fills `python` and `srun_arguments`.
 set_up() {
     [[ -n ${SLURM_JOB_ID:-} ]] || give_up "this is a batch script: sbatch ${BASH_SOURCE[1]} ..."
     local site=${MEGASPARSE_SITE:-$root/slurm/site.sh}
     srun_arguments=()
     if [[ -f $site ]]; then
-        # shellcheck disable=SC1090
-        source "$site"
+        source_foreign "$site"
     elif [[ -n ${MEGASPARSE_SITE:-} ]]; then
         give_up "MEGASPARSE_SITE=$site is not a file"
     fi
     if [[ -n ${MEGASPARSE_VENV:-} ]]; then
-        # shellcheck disable=SC1091
-        source "$MEGASPARSE_VENV/bin/activate"
+        source_foreign "$MEGASPARSE_VENV/bin/activate"
     fi
     if [[ -n ${MEGASPARSE_INTERFACE:-} ]]; then
         export NCCL_SOCKET_IFNAME=$MEGASPARSE_INTERFACE GLOO_SOCKET_IFNAME=$MEGASPARSE_INTERFACE

@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# Copy to slurm/site.sh: what is the same for every job of this site. Sourced by every launcher on the first node.
+# Copy to slurm/site.sh: what is the same for every job of this site. Sourced by every launcher on the first node,
+# which stops where a command in it fails.
 
 # module load cuda/12.8
 # export MEGASPARSE_VENV=/shared/envs/megasparse

@@ -95,3 +95,22 @@ def test_ranks_of_thousands_of_nodes_find_the_first(tmp_path: Path) -> None:
     for _ in range(10):
         found = bash(script, **environment)
         assert (found.returncode, found.stdout) == (0, "10.0.0.1\n"), found.stderr
+
+
+def test_a_site_file_may_be_plain_bash_and_what_fails_in_it_is_named(tmp_path: Path) -> None:
+    site = tmp_path / "the site.sh"
+    script = 'source "$root/slurm/common.sh"; set_up; echo "$OURS" "${srun_arguments[0]}"; shopt -qo nounset'
+
+    def start(content: str) -> subprocess.CompletedProcess[str]:
+        site.write_text(content)
+        return bash(script, MEGASPARSE_SITE=str(site))
+
+    started = start("export OURS=/opt/lib:$NOT_SET\nsrun_arguments=(--mpi=none)\n")
+    assert (started.returncode, started.stdout) == (0, "/opt/lib: --mpi=none\n"), started.stderr
+    for content, reason in (
+        ("load() { cat /no/file; }\nload toolkit\necho on\n", "code 1 of: cat /no/file"),
+        ("[[ -d /no/folder ]] && export TMPDIR=/no/folder\n", "code 1 of: its last command"),
+    ):
+        failed = start(content)
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert failed.stderr.endswith(f"error: {site}: {reason}\n")
