@@ -114,3 +114,26 @@ def test_a_site_file_may_be_plain_bash_and_what_fails_in_it_is_named(tmp_path: P
         failed = start(content)
         assert (failed.returncode, failed.stdout) == (1, "")
         assert failed.stderr.endswith(f"error: {site}: {reason}\n")
+
+
+@pytest.mark.parametrize(
+    ("task", "count", "least", "most", "files"),
+    [(1, 3, 0, 2, "1 4"), (0, 1, 0, 0, "0 1 2 3 4"), (3, 2, 3, 7, None), (1, 2, 1, 2, None), (2, 2, 0, 2, None)],
+)
+def test_an_array_that_would_lose_or_repeat_files_is_refused(
+    task: int, count: int, least: int, most: int, files: str | None, tmp_path: Path
+) -> None:
+    for name in ("site.sh", *(f"{number}.txt" for number in range(5))):
+        (tmp_path / name).touch()
+    array = {"ID": task, "COUNT": count, "MIN": least, "MAX": most}
+    environment = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
+    done = bash(
+        'MEGASPARSE_ROOT=$root bash "$root/slurm/preprocess.sbatch" shard "$1" --tokenizer words',
+        str(tmp_path), MEGASPARSE_PYTHON="echo", MEGASPARSE_SITE=str(tmp_path / "site.sh"), **environment,
+    )  # fmt: skip
+    if files is None:
+        assert done.returncode == 2
+        assert f"{count} tasks from {least} to {most}" in done.stderr
+        assert done.stdout == ""
+    else:
+        assert re.findall(r"/(\d)\.txt", done.stdout) == files.split()
