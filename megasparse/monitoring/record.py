@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,8 +45,29 @@ def read_records(path: Path) -> Iterator[Record]:
     if not path.is_file():
         return
     with path.open("rb") as file:
-        for line in file:
-            try:
-                yield Record.from_json(line)
-            except ValueError:
-                continue
+        yield from _parse(file)
+
+
+def _parse(lines: Iterable[bytes]) -> Iterator[Record]:
+    for line in lines:
+        try:
+            yield Record.from_json(line)
+        except ValueError:
+            continue
+
+
+def last_records(path: Path, split: str, count: int) -> list[Record]:
+    """The last `count` records of `split` in a metrics.jsonl, in order. Reads the file's end alone: that of a long run
+    of many layers has hundreds of megabytes."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        start = end = file.seek(0, os.SEEK_END)
+        while True:
+            start = max(0, start - max(1 << 20, end - start))
+            file.seek(start)
+            if start:
+                file.readline()  # the rest of a line
+            found = [record for record in _parse(file.read(end - file.tell()).splitlines()) if record.split == split]
+            if len(found) >= count or start == 0:
+                return found[-count:]

@@ -45,12 +45,19 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from megasparse.slurm.status import print_status, status_of
+    from megasparse.slurm.status import StatusError, print_status, status_of
 
+    mistakes: list[StatusError] = []
     for run in args.runs:
-        status = status_of(run, time.time())
+        try:
+            status = status_of(run, time.time())
+        except StatusError as error:  # `runs/*` has other folders in it, too
+            mistakes.append(error)
+            continue
         if args.json:
             print(status.to_json())
         else:
             print_status(status)
+    if mistakes:
+        raise StatusError("\n".join(map(str, mistakes)))
     return 0

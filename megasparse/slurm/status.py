@@ -7,14 +7,13 @@ import itertools
 import json
 import statistics
 import subprocess
-from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megasparse.monitoring.record import Record, read_records
+from megasparse.monitoring.record import Record, last_records
 from megasparse.training.signals import EXIT_DONE, EXIT_FILE
 
 WINDOW = 50
@@ -63,16 +62,13 @@ def status_of(run: Path, now: float) -> Status:
         raise StatusError(f"{run}: not the directory of a run (no config.yaml, no logs)")
     job = _newest_job(run)
     ends = _read_ends(run / "requeues.jsonl")
-    records: deque[Record] = deque(maxlen=WINDOW)
     config = _read_config(run)
     metrics = Path(config.get("logging", {}).get("directory") or run) / "metrics.jsonl"
-    for record in read_records(metrics):
-        if record.split == "train":
-            records.append(record)
+    records = last_records(metrics, "train", WINDOW)
     last = records[-1] if records else None
     state, reason, nodes = _ask_slurm(job) or _from_files(ends) or _from_exit(run, last)
     steps = config.get("training", {}).get("steps")
-    pace = _seconds_a_step(list(records))
+    pace = _seconds_a_step(records)
     left = None if last is None or steps is None else max(0, steps - last.step)
     return Status(
         run=str(run),
@@ -123,16 +119,16 @@ def _ask_slurm(job: str | None) -> tuple[str, str | None, str | None] | None:
     """State, reason and nodes of a job that SLURM still knows."""
     if job is None:
         return None
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N"]
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%A|%T|%r|%N"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    line = done.stdout.strip()
-    if done.returncode != 0 or not line:
-        return None
-    state, reason, nodes = line.splitlines()[0].split("|", 2)
-    return state, None if reason == "None" else reason, nodes or None
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        number, state, reason, nodes = line.strip().split("|", 3)
+        if number == job:  # the id of an array's last task is also that of the whole array
+            return state, None if reason == "None" else reason, nodes or None
+    return None
 
 
 def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None]:

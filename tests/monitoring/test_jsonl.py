@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megasparse.monitoring.record import Record, read_records
+from megasparse.monitoring.record import Record, last_records, read_records
 from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink, truncate_to_step
 
 
@@ -99,3 +99,20 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     assert len(steps) >= path.read_bytes().count(b"\n") > 10
     write(tmp_path, range(11, 13), resumed=10)
     assert [record.step for record in read_records(path)] == list(range(1, 13))
+
+
+def test_last_records_are_those_at_the_end(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path)
+    for step in range(1, 401):  # longer than one piece that is read
+        sink.write(Record(step, 0.0, "train", {f"sparsity/layer_{layer}/l0": 0.125 for layer in range(300)}))
+        if step % 10 == 0:
+            sink.write(Record(step, 0.0, "valid", {"eval/loss": 1.0}))
+    sink.close()
+    path = tmp_path / FILE_NAME
+    with path.open("a") as file:
+        file.write('{"step":401,"ti')
+    train = [record for record in read_records(path) if record.split == "train"]
+    for count in (1, 50, 350, 1000):
+        assert last_records(path, "train", count) == train[-count:]
+    assert [record.step for record in last_records(path, "valid", 2)] == [390, 400]
+    assert last_records(tmp_path / "none.jsonl", "train", 5) == []

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,26 @@ def test_status_of_a_run_that_stopped_without_slurm(tmp_path: Path) -> None:
 def test_status_of_no_run(tmp_path: Path) -> None:
     with pytest.raises(StatusError, match="not the directory of a run"):
         status_of(tmp_path, now=0.0)
+
+
+def test_status_tells_of_all_runs_before_what_is_no_run(tmp_path: Path) -> None:
+    for name in ("a", "c"):
+        write_run(tmp_path / name)
+    (tmp_path / "b").mkdir()  # as runs/jobs of `megasparse launch` in `runs/*`
+    command = [sys.executable, "-m", "megasparse", "status", "--json", *(str(tmp_path / name) for name in "abc")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert [Path(json.loads(line)["run"]).name for line in done.stdout.splitlines()] == ["a", "c"]
+    assert (done.returncode, done.stderr) == (
+        2, f"megasparse: {tmp_path}/b: not the directory of a run (no config.yaml, no logs)\n",
+    )  # fmt: skip
+
+
+def test_status_of_the_last_task_of_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SLURM answers, asked for job 77, which is both the last task of an array and the array."""
+    write_run(tmp_path / "run")
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\nprintf '%s\\n' '79|COMPLETED|None|n1' '77|RUNNING|None|n2' '78|RUNNING|None|n3'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status = status_of(tmp_path / "run", now=4650.0)
+    assert (status.state, status.nodes) == ("RUNNING", "n2")
