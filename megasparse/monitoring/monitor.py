@@ -1,8 +1,9 @@
 """The callback that observes a run: measures on logged steps and hands one record to every sink.
 
 Between logged steps it does next to nothing. On a logged step: at most three small collectives and one copy to the
-host. `loss/lm`, `loss/l1` and sparsity are those of the logged step's global batch; `throughput/*`, `energy/*` and
-`perf/step_time_s` are of all steps since the record before. Pauses for validation and checkpoints count in none.
+host. `loss/lm`, `loss/l1` and sparsity are those of the logged step's global batch; `throughput/*` and
+`perf/step_time_s` are of all steps since the record before, `energy/*` of those of them that follow the last pause.
+Pauses for validation and checkpoints count in none.
 `perf/monitor_share` is the share of the time since that record that this callback itself took.
 """
 
@@ -135,8 +136,17 @@ class Monitor:
         self._window_steps, self._window_seconds, self._window_own = 0, 0.0, 0.0
         self._window_started = time.perf_counter()
         self._spent.seconds = 0.0
+        self._begin_metering(state)
+
+    def _begin_metering(self, state: TrainState) -> None:
+        """From here on the GPU's energy is that of steps; `_energy` has just been read."""
+        self._metered_from = state.consumed_tokens
+        self._paused = False
 
     def on_step_start(self, state: TrainState) -> None:
+        if self._paused:
+            self._energy.read()
+            self._begin_metering(state)
         if not self._is_logged(state.step + 1):
             return
         with self._spent:
@@ -169,7 +179,8 @@ class Monitor:
     def _measure(self, state: TrainState, metrics: Metrics) -> dict[str, Value]:
         """Everything that takes measuring, reduced over all ranks. Collective."""
         layers = state.cfg.model.num_layers
-        table = self._meter.table(window=min(state.cfg.sparsity.dead_window_steps, state.step))
+        counted_steps = state.step - state.skipped_steps  # those that `steps_since_fired` can have counted
+        table = self._meter.table(window=max(1, min(state.cfg.sparsity.dead_window_steps, counted_steps)))
         own = [0.0] * dist.get_world_size()
         own[dist.get_rank()] = self._window_own
         energy = (self._energy.read(), float(self._energy.available))
@@ -203,8 +214,9 @@ class Monitor:
         unions = [1.0 if layer.path == "dense" else layer.union_fraction for layer in sparsity]
         result |= self._throughput.metrics(tokens, self._window_seconds, unions)
         result["perf/step_time_s"] = self._window_seconds / self._window_steps
-        if metered == dist.get_world_size() and tokens > 0:
-            result["energy/joules_per_token"] = joules / tokens
+        metered_tokens = state.consumed_tokens - self._metered_from
+        if metered == dist.get_world_size() and metered_tokens > 0:
+            result["energy/joules_per_token"] = joules / metered_tokens
         return result
 
     def _own_time(self, state: TrainState, own: list[float]) -> dict[str, Value]:
@@ -228,11 +240,11 @@ class Monitor:
 
     def on_eval(self, state: TrainState, metrics: Metrics) -> None:
         self._write(Record(state.step, time.time(), "valid", dict(metrics)))
-        # The pause is not this window's; neither is what validation allocated.
-        self._peak.read()
+        self._paused = True
+        self._peak.read()  # what validation allocated is no step's
 
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
-        """Nothing to observe."""
+        self._paused = True
 
     def on_end(self, state: TrainState) -> None:
         for sink in self._sinks:

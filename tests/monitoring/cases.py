@@ -128,8 +128,24 @@ HAND_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def hand_run(directory: Path, first: int, last: int, run_id: str | None, attempt: int, wandb_mode: str) -> Any:
+class Wattmeter:
+    """Stands for `EnergyMeter`, as no CPU has one: what a test says was drawn since the last `read`."""
+
+    available = True
+    drawn = 0.0
+
+    def read(self) -> float:
+        joules, self.drawn = self.drawn, 0.0
+        return joules
+
+
+def hand_run(
+    directory: Path, first: int, last: int, run_id: str | None, attempt: int, wandb_mode: str,
+    skipped: int | None = None, joules: tuple[float, float] | None = None,
+) -> Any:  # fmt: skip
     """One process of a run of two real layers with weights, tokens and mask written down above.
+
+    `skipped`: a step without an update. `joules`: drawn in a step and in a validation.
 
     Layer 0: the last token is padding. Gates before ReLU of the others: (1 0 -1 -1), (0 1 -1 -2), (2 1 -3 -4); the up
     product of each neuron is the sum of the token: 1, 1, 3. Layer 1 has a gate of zeros.
@@ -153,6 +169,9 @@ def hand_run(directory: Path, first: int, last: int, run_id: str | None, attempt
     )  # fmt: skip
     monitor = Monitor()
     monitor.on_start(state)
+    meter = Wattmeter()
+    if joules is not None:
+        monitor._energy = meter  # type: ignore[assignment]
     x = torch.tensor(HAND_TOKENS).unsqueeze(1).requires_grad_()
     padding = torch.tensor([[False, False, False, True]])
     for step in range(first, last + 1):
@@ -160,7 +179,12 @@ def hand_run(directory: Path, first: int, last: int, run_id: str | None, attempt
         for mlp in mlps:
             y, _ = mlp(x, padding_mask=padding)
             y.sum().backward()
-            mlp.recorder.end_step()
+            if step == skipped:
+                mlp.recorder.forget_step()
+            else:
+                mlp.recorder.end_step()
+        state.skipped_steps += step == skipped
+        meter.drawn += joules[0] if joules else 0.0
         state.step, state.consumed_tokens = step, 3 * step
         metrics: Metrics = {
             "loss/lm": 6.0 / step, "lr": 1e-3 * step, "grad_norm": 0.5, "l1/coeff": 0.45, "l1/layer_0/coeff": 0.3,
@@ -171,6 +195,7 @@ def hand_run(directory: Path, first: int, last: int, run_id: str | None, attempt
             metrics |= {"dead_neurons/layer_0/reinitialised": 0, "dead_neurons/layer_1/reinitialised": step}
         monitor.on_step_end(state, metrics)
         if step % 15 == 0:
+            meter.drawn += joules[1] if joules else 0.0
             monitor.on_eval(state, {"eval/loss": 3.0, "eval/ppl": 20.0, "eval/layer_0/l0": 1.5})
     monitor.on_end(state)
     return state.wandb_run_id

@@ -42,10 +42,12 @@ BY_HAND = {
 }
 
 
-def run(directory: Path, first: int, last: int, run_id: Any = None, attempt: int = 1, mode: str = "offline") -> Any:
+def run(
+    directory: Path, first: int, last: int, run_id: Any = None, attempt: int = 1, mode: str = "offline", *more: Any
+) -> Any:
     case = "tests.monitoring.cases:hand_run"
     env = {"WANDB_CONFIG_DIR": str(directory / "c"), "WANDB_CACHE_DIR": str(directory / "d")}
-    return run_distributed(1, case, directory, first, last, run_id, attempt, mode, env=env)[0]
+    return run_distributed(1, case, directory, first, last, run_id, attempt, mode, *more, env=env)[0]
 
 
 def check(metrics: Any, step: int) -> None:
@@ -92,6 +94,18 @@ def test_jsonl_and_wandb_hold_the_hand_computed_metrics(tmp_path: Path) -> None:
     assert offline.history[2]["eval/loss"] == offline.history[4]["eval/loss"] == 3.0
     assert offline.config["model"]["ffn_hidden_size"] == 4
     assert offline.config["environment"]["versions"]["megatron-core"]
+
+
+def test_skipped_steps_and_pauses_are_not_counted(tmp_path: Path) -> None:
+    """A skipped step says nothing of which neurons are dead; a validation's energy is no step's."""
+    run(tmp_path, 1, 30, None, 1, "disabled", 5, (6.0, 1000.0))
+    records = read_records(tmp_path / "metrics.jsonl")
+    train = {record.step: record.metrics for record in records if record.split == "train"}
+    assert sorted(train) == [1, 10, 20, 30]  # with a validation after step 15
+    for metrics in train.values():
+        assert metrics["sparsity/layer_0/dead_fraction"] == 0.5
+        assert metrics["sparsity/layer_1/dead_fraction"] == 1.0
+        assert metrics["energy/joules_per_token"] == 2.0
 
 
 def test_run_json_and_the_report_are_written(tmp_path: Path) -> None:
