@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ class Heartbeat:
         if self._world_size > 1:
             if self._rank == 0:
                 (self._directory / HANG_FILE).unlink(missing_ok=True)
+                # Of a rank that hangs before its first beat, what the attempt before left would blame another node.
+                shutil.rmtree(self._directory / "heartbeat", ignore_errors=True)
             self._thread.start()
         return self
 

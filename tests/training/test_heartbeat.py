@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,18 @@ def test_report_appears_when_nothing_moves_and_goes_away_when_it_does(tmp_path: 
         wait_until(lambda: not report.exists())
 
 
-@pytest.mark.parametrize("left", [None, ""], ids=["nothing", "an empty file"])
-def test_a_rank_that_left_no_beat_is_named(tmp_path: Path, left: str | None) -> None:
-    """Of a node that dies, a parallel file system may keep the file's name and lose its content."""
-    (tmp_path / "heartbeat").mkdir()
-    if left is not None:
-        (tmp_path / "heartbeat" / "rank_00001.json").write_text(left)
+@pytest.mark.parametrize(("before", "now"), [(False, None), (False, ""), (True, None)])
+def test_a_rank_that_left_no_beat_is_named(tmp_path: Path, before: bool, now: str | None) -> None:
+    """Of a node that dies, a parallel file system may keep the file's name and lose its content (`now`). Where the rank
+    ran in the attempt before is no concern of this one (`before`)."""
+    file = tmp_path / "heartbeat" / "rank_00001.json"
+    file.parent.mkdir()
+    if before:
+        file.write_text(json.dumps(asdict(Beat(1, "n7", time.time() - 60, 90, "training", time.time() - 60))))
     with Heartbeat(tmp_path, 0, 2, "n0", timeout_seconds=0.5) as alone:
+        if now is not None:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(now)
         alone.at(5, "training")
         wait_until((tmp_path / HANG_FILE).exists)
         wait_until(lambda: (tmp_path / HANG_FILE).read_text().endswith("}"))
