@@ -61,7 +61,7 @@ from megasparse.training.checkpoint_files import (
 )
 from megasparse.training.dead_neurons import share_idle_steps
 from megasparse.training.distributed import StorageError, on_first_rank
-from megasparse.training.optimizer import gather_parameters
+from megasparse.training.optimizer import apply_adam_settings, gather_parameters
 from megasparse.training.signals import signals_wait
 
 log = logging.getLogger("megasparse")
@@ -245,6 +245,7 @@ class Checkpointer:
         loaded = self._load(path, self._content(state, loading=True, per_rank=same_layout))
         self._set_model(state.model, loaded)
         state.optimizer.load_state_dict(loaded["optimizer"])
+        apply_adam_settings(self._cfg, state.optimizer)
         for mlp in state.mlps:
             mlp.recorder.steps_since_fired.copy_(loaded["neurons"][str(mlp.layer_index)])
         run = common["run"]

@@ -56,16 +56,17 @@ def changed_settings(
     sections: Sequence[str] = ("model", "sparsity", "parallel", "data", "training", "optimizer"),
 ) -> list[str]:
     """Every key of these sections that is not what it was in the configuration of a checkpoint."""
-    own, before = (dict(_leaves({s: whole[s] for s in sections})) for whole in (cfg.model_dump(mode="json"), saved))
-    return [f"{key}: {before[key]} -> {own[key]}" for key in own if key in before and own[key] != before[key]]
+    own = cfg.model_dump(mode="json")
+    return [change for section in sections for change in _changes(own[section], saved[section], section)]
 
 
-def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in data.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _changes(own: dict[str, Any], before: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name in (name for name in own if name in before):
+        key, value, old = f"{prefix}.{name}", own[name], before[name]
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _changes(value, old, key)
+        elif value != old:
+            yield f"{key}: {old} -> {value}"
 
 
 def _sizes_written_out(model: dict[str, Any]) -> dict[str, Any]:

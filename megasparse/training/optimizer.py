@@ -85,6 +85,12 @@ def build_optimizer(cfg: Config, model: Sequence[torch.nn.Module]) -> Any:
     return optimizer
 
 
+def apply_adam_settings(cfg: Config, optimizer: Any) -> None:
+    """Betas and epsilon as configured: loading a state gives every parameter group those that it was saved with."""
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = cfg.optimizer.betas, cfg.optimizer.eps
+
+
 def _excluded_from_weight_decay(kinds: Sequence[str]) -> Callable[[torch.nn.Parameter, str], bool]:
     """Which parameters get no weight decay. The two copies of a tied embedding under PP must agree."""
 

@@ -221,6 +221,22 @@ def test_goes_on_at_another_layout(
         assert without_times(record["steps"])[str(step)] == pytest.approx(wanted, rel=1e-5), f"step {step}"
 
 
+def test_changed_settings_are_named_and_in_force(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    """Those too that an optimizer's saved state brings along, or that were a section or none."""
+    run = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 6}, checkpoint={"interval": 3})
+    run["optimizer"]["weight_decay"] = 0.0
+    stopped = helper.run(run, stop_file_at=2)
+    assert stopped["exit"] == [75], stopped["output"]
+    scaling = {"factor": 2.0, "original_max_position_embeddings": 16}
+    changed = {**run, "model": {**run["model"], "rope_scaling": scaling}}
+    changed["optimizer"] = {**run["optimizer"], "eps": 1e12, "betas": [0.8, 0.9]}
+    result = helper.run(changed)
+    assert result["exit"] == [0], result["output"]
+    assert "optimizer.betas: [0.9, 0.95] -> [0.8, 0.9]" in result["output"]
+    assert "model.rope_scaling: None -> {" in result["output"]
+    assert result["records"][0]["digest"] == stopped["records"][0]["digest"], "so large an epsilon leaves no update"
+
+
 def test_another_model_or_other_data_are_refused(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     run = case(tmp_path, data_folder, "run")
     assert helper.run(run, kill_after=5)["exit"] == [SIGKILL]
