@@ -186,7 +186,7 @@ class Checkpointer:
 
     def _publish(self, partial_path: Path, step: int, checksums: dict[str, int]) -> Path:
         final = publish(partial_path, step, checksums)
-        for path in prune(self._root, self._cfg.checkpoint.keep_last, self._cfg.checkpoint.keep_every):
+        for path in prune(self._root, step, self._cfg.checkpoint.keep_last, self._cfg.checkpoint.keep_every):
             log.info("checkpoint: removed %s", path)
         log.info("checkpoint: saved %s", final)
         return final

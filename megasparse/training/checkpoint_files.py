@@ -147,7 +147,11 @@ def examine(path: Path, share: Callable[[int], bool] = lambda index: True, conte
             return f"{name} is missing"
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
-        if content and checksum(path / name) != crc:
+        try:
+            changed = content and checksum(path / name) != crc
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if changed:
             return f"the content of {name} has changed since it was written (its CRC-32 differs)"
     return None
 
@@ -187,14 +191,23 @@ def resolve(path: Path) -> Path:
     raise CheckpointError(f"{path}: no complete checkpoint there; give a checkpoint, its folder, or a run directory")
 
 
-def prune(root: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+def prune(root: Path, newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
     """Removes old checkpoints; only complete ones count as kept, so the last good one always stays.
+
+    Args:
+        root: where they are.
+        newest: step of the one that was just saved. Later ones are left alone and do not count: the run could not
+            load them, though the sizes of their files, all that is looked at here, may be right.
+        keep_last: how many.
+        keep_every: steps divisible by this stay.
 
     Returns:
         what was removed. Damaged directories are left for the user to look at.
     """
     kept, removed = 0, []
     for step, path in list_checkpoints(root):
+        if step > newest:
+            continue
         if kept < max(1, keep_last):
             kept += examine(path) is None
         elif not (keep_every and step % keep_every == 0) and examine(path) is None:

@@ -56,6 +56,11 @@ def test_examine_names_what_is_wrong(tmp_path: Path) -> None:
     assert examine(path) == "shard.distcp has 6 bytes instead of 7"
     shard.unlink()
     assert examine(path) == "shard.distcp is missing"
+    more = path / "sub" / "more"
+    more.unlink()
+    more.symlink_to("/proc/self/mem")  # reading it fails, as on a disk with a bad sector
+    (path / "manifest.json").write_text('{"files": {"sub/more": {"bytes": 0, "crc32": 0}}}')
+    assert examine(path, content=True) == "sub/more cannot be read (Input/output error)"
     (path / "manifest.json").write_text("{")
     assert "manifest.json cannot be read" in str(examine(path))
     (path / "manifest.json").unlink()
@@ -84,7 +89,7 @@ def test_checkpoints_that_stay_for_ever_are_not_looked_at_again(
         return examine(path, *arguments, **options)
 
     monkeypatch.setattr(checkpoint_files, "examine", spy)
-    assert prune(tmp_path, keep_last=2, keep_every=10) == []
+    assert prune(tmp_path, 200, keep_last=2, keep_every=10) == []
     assert resolve(tmp_path).name == "step_00000200"
     assert looked == ["step_00000200", "step_00000190", "step_00000200"]
 
@@ -94,10 +99,10 @@ def test_prune_counts_complete_checkpoints_only(tmp_path: Path) -> None:
         write(tmp_path, step)
     for step in (50, 60):  # damaged: what is good must stay, however old
         (tmp_path / f"step_{step:08d}" / "shard.distcp").unlink()
-    removed = prune(tmp_path, keep_last=2, keep_every=20)
+    removed = prune(tmp_path, 60, keep_last=2, keep_every=20)
     assert [path.name for path in removed] == ["step_00000010"]
     assert [found.step for found in find_checkpoints(tmp_path)] == [60, 50, 40, 30, 20]
-    prune(tmp_path, keep_last=1, keep_every=None)
+    prune(tmp_path, 60, keep_last=1, keep_every=None)
     assert [found.step for found in find_checkpoints(tmp_path) if found.problem is None] == [40]
 
 

@@ -127,6 +127,20 @@ def test_damaged_newest_checkpoint_is_passed_over(
     assert examine(newest) is None, "the damaged one was replaced by a good one"
 
 
+def test_a_checkpoint_older_than_a_damaged_one_is_kept(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    """What cannot be loaded must not take the place of what was just saved."""
+    run = configuration(tmp_path / "run", str(data_folder / "a"), checkpoint={"interval": 4, "keep_last": 1})
+    run["checkpoint"]["keep_every"] = 4
+    root = tmp_path / "run" / "checkpoints"
+    assert helper.run(run, kill_after=9)["exit"] == [SIGKILL]
+    shard = next((root / "step_00000008").glob("*.distcp"))
+    shard.write_bytes(bytes(byte ^ 255 for byte in shard.read_bytes()))
+    assert helper.run(run, stop_file_at=5)["exit"] == [75]
+    assert read_latest(root) == "step_00000006"
+    result = helper.run(run, kill_after=7)
+    assert "resumed from " + str(root / "step_00000006") in result["output"]
+
+
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_full_disk_ends_the_run_with_its_reason(
     tmp_path: Path, data_folder: Path, helper: Helper, asynchronous: bool
