@@ -58,6 +58,7 @@ from megasparse.training.checkpoint_files import (
     publish,
     remove_leftovers,
     resolve,
+    write_problem,
 )
 from megasparse.training.dead_neurons import share_idle_steps
 from megasparse.training.distributed import StorageError, on_first_rank
@@ -158,13 +159,20 @@ class Checkpointer:
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
-        """Turns what Megatron's writers raise into a StorageError."""
+        """Turns what the writers of Megatron and torch raise into a StorageError."""
         try:
             yield
-        except (CheckpointException, OSError) as error:
-            reason = str(error)
-            if isinstance(error, CheckpointException):
-                reason = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+        except StorageError:
+            raise
+        except (CheckpointException, OSError, RuntimeError) as error:
+            reason: str | None = str(error)
+            if isinstance(error, CheckpointException):  # rank 0's has the causes of all ranks, the others' have none
+                failures = [f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
+                reason = "; ".join(failures) or "rank 0 says why"
+            elif isinstance(error, RuntimeError):  # torch.save does not say why it could not write, if it was that
+                reason = write_problem(self._root)
+                if reason is None:
+                    raise
             free = shutil.disk_usage(self._root).free / 2**30
             raise StorageError(
                 f"a checkpoint cannot be written to {self._root} ({free:.2f} GiB free): {reason}\nThose before it are "

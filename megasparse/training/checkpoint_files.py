@@ -20,6 +20,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,6 +215,19 @@ def prune(root: Path, newest: int, keep_last: int, keep_every: int | None) -> li
             _remove(path)
             removed.append(path)
     return removed
+
+
+def write_problem(directory: Path) -> str | None:
+    """Why no file of a mebibyte can be written to a directory now, or None."""
+    path = directory / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        path.write_bytes(bytes(1 << 20))
+    except OSError as error:
+        return str(error)
+    finally:
+        with suppress(OSError):
+            path.unlink()
+    return None
 
 
 def remove_leftovers(root: Path) -> None:

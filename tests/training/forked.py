@@ -152,6 +152,7 @@ def _fork(body: Callable[[], int]) -> int:
         except SystemExit as error:
             code = int(error.code or 0)
         except BaseException:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # not of logs
             traceback.print_exc()
         finally:
             sys.stdout.flush()
