@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,32 +20,40 @@ DEFAULT_INCLUDE = ("*.txt", "*.jsonl", "*.ndjson", "*.parquet", "*.txt.gz", "*.j
 
 @dataclass(frozen=True)
 class Record:
-    """One document as read: not yet parsed, so that parsing happens in the workers.
+    """One document as read: not yet decoded, so that this happens in the workers, and one that is damaged can be told
+    from a damaged file.
 
-    `raw`: the text, or the JSON line as bytes. `where`: file and line or row, for messages. `read_bytes`: how
-    much of its file this record accounts for.
+    `raw`: UTF-8 of the text, or of a JSON object that holds it (`is_json`). `where`: file and line or row, for
+    messages. `read_bytes`: how much of its file this record accounts for.
     """
 
-    raw: str | bytes | None
+    raw: bytes | None
     where: str
     read_bytes: int
+    is_json: bool = False
 
     def text(self, key: str) -> str:
         """The document. Raises DataError where it is no UTF-8, no JSON object, or lacks the key."""
         if self.raw is None:
             raise DataError(f"{self.where}: {key!r} is null")
-        if isinstance(self.raw, str):
-            return self.raw
+        return self._value(self.raw, key) if self.is_json else _decode(self.raw, self.where)
+
+    def _value(self, raw: bytes, key: str) -> str:
         try:
-            data = json.loads(self.raw)
-        except ValueError as error:  # UnicodeDecodeError is one too
+            data = json.loads(raw)
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
             raise DataError(f"{self.where}: not valid JSON ({error})") from None
         if not isinstance(data, dict):
             raise DataError(f"{self.where}: a JSON {type(data).__name__}, not an object with the key {key!r}")
-        if not isinstance(data.get(key), str):
-            what = f"is a {type(data[key]).__name__}, not a string" if key in data else "is missing"
+        text = data.get(key)
+        if not isinstance(text, str):
+            what = f"is a {type(text).__name__}, not a string" if key in data else "is missing"
             raise DataError(f"{self.where}: the key {key!r} {what} (keys: {', '.join(data)}); choose with --text-key")
-        return str(data[key])
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write \ud83d alone, which is half of a character
+            raise DataError(f"{self.where}: no text (character {error.start}: {error.reason})") from None
+        return text
 
 
 def find_files(
@@ -95,7 +104,7 @@ def read_documents(file: Path, text_key: str = "text", per_line: bool = False) -
             yield from _read_lines(file)
         else:
             yield from _read_text(file, per_line)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read ({error})") from None
 
 
@@ -113,17 +122,17 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
 def _read_lines(file: Path) -> Iterator[Record]:
     for number, line, used in _lines(file):
         if line.strip():
-            yield Record(line, f"{file}:{number}", used)
+            yield Record(line, f"{file}:{number}", used, is_json=True)
 
 
 def _read_text(file: Path, per_line: bool) -> Iterator[Record]:
     if per_line:
         for number, line, used in _lines(file):
             if line.strip():
-                yield Record(_decode(line, f"{file}:{number}"), f"{file}:{number}", used)
+                yield Record(line, f"{file}:{number}", used)
         return
     data = file.read_bytes()
-    yield Record(_decode(gzip.decompress(data) if file.suffix == ".gz" else data, str(file)), str(file), len(data))
+    yield Record(gzip.decompress(data) if file.suffix == ".gz" else data, str(file), len(data))
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -150,6 +159,6 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[Record]:
     share = file.stat().st_size // max(1, table.metadata.num_rows)
     row = 0
     for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-        for value in batch.column(0).to_pylist():
+        for value in batch.column(0).cast(pa.large_binary()).to_pylist():  # Parquet does not promise UTF-8
             row += 1
             yield Record(value, f"{file}, row {row}", share)

@@ -234,7 +234,7 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in records:
         chunk.append(record)
-        size += len(record.raw or "")
+        size += len(record.raw or b"")
         if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_DOCUMENTS:
             yield chunk
             chunk, size = [], 0

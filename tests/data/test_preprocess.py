@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,26 @@ def test_damaged_line_is_named(
     assert f"{source}:4" in result.damaged[0]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_documents_that_are_no_text_are_passed_over(tmp_path: Path, tokenizer: TextTokenizer, workers: int) -> None:
+    """As crawled text has them: half of a character in JSON or Parquet or a text file, JSON of absurd depth."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one \\ud83d"}\n{"text": "two", "x": ' + "[" * 100_000 + "\n")
+    (tmp_path / "b.txt").write_bytes(b"three \xff\nfour\n")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("fünf".encode("latin-1")))
+    text = pa.array([b"six \xff", b"seven"]).view(pa.string())
+    pq.write_table(pa.table({"text": text}), tmp_path / "d.parquet")
+    options = PreprocessOptions(
+        [str(tmp_path)], tmp_path / "out" / "data", tokenizer=tokenizer.path, per_line=True, workers=workers
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no text \(character 4: surrogates not allowed"):
+        preprocess(options)
+    result = preprocess(replace(options, skip_damaged=True))
+    assert [text.split(": ")[0].removeprefix(f"{tmp_path}/") for text in result.damaged] == [
+        "a.jsonl:1", "a.jsonl:2", "b.txt:1", "c.txt.gz:1", "d.parquet, row 1"
+    ]  # fmt: skip
+    assert [tokenizer.decode(document[:-1]) for document in read_back(tmp_path / "out" / "data")] == ["four", "seven"]
+
+
 def test_damaged_parquet_and_text(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     def run(name: str) -> str:
         with pytest.raises(DataError) as caught:
@@ -175,6 +196,10 @@ def test_damaged_parquet_and_text(tmp_path: Path, tokenizer: TextTokenizer) -> N
     assert "latin.txt: not UTF-8 (byte 2" in run("latin.txt")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 100)[:-12])
     assert "cut.jsonl.gz: cannot be read" in run("cut.jsonl.gz")
+    packed = bytearray(gzip.compress(b"abc" * 100))
+    packed[10] |= 6  # a kind of block that does not exist
+    (tmp_path / "block.txt.gz").write_bytes(packed)
+    assert "block.txt.gz: cannot be read" in run("block.txt.gz")
     assert "absent.txt: no such file or folder" in run("absent.txt")
     (tmp_path / "empty.txt").write_text("")
     assert "no text in" in run("empty.txt")
@@ -300,5 +325,5 @@ def test_text_by_line(tmp_path: Path) -> None:
     path = tmp_path / "lines.txt"
     path.write_text("one\n\ntwo\r\nthree")
     records = list(read_documents(path, per_line=True))
-    assert [record.raw for record in records] == ["one", "two", "three"]
+    assert [record.text("text") for record in records] == ["one", "two", "three"]
     assert [record.where for record in records] == [f"{path}:1", f"{path}:3", f"{path}:4"]
