@@ -49,11 +49,12 @@ def run_jobs(jobs: Sequence[Job], gpus: int, ended: Callable[[Job], None] | None
     Raises:
         ValueError: where a job needs more GPUs than there are.
     """
-    for job in jobs:
-        if job.gpus > gpus:
-            raise ValueError(f"{job.name} needs {job.gpus} GPUs, there are {gpus}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     free = visible.split(",")[:gpus] if visible else [str(index) for index in range(gpus)]
+    for job in jobs:
+        if job.gpus > len(free):
+            of_these = f" (CUDA_VISIBLE_DEVICES={visible})" if len(free) < gpus else ""
+            raise ValueError(f"{job.name} needs {job.gpus} GPUs, there are {len(free)}{of_these}")
     waiting, failed = [], []
     for job in jobs:
         if not job.done:

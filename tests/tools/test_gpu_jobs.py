@@ -62,9 +62,13 @@ def test_failures_are_returned_and_finished_jobs_not_repeated(
     assert (tmp_path / "good.json").read_text() == first
 
 
-def test_too_many_gpus(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a needs 8 GPUs, there are 4"):
+def test_too_many_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match=r"a needs 8 GPUs, there are 4$"):
         run_jobs([job(tmp_path, "a", 8)], 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    with pytest.raises(ValueError, match=r"a needs 2 GPUs, there are 1 \(CUDA_VISIBLE_DEVICES=2\)"):
+        run_jobs([job(tmp_path, "a", 2)], 4)
 
 
 def test_a_job_that_follows_another(tmp_path: Path) -> None:
