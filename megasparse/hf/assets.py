@@ -80,13 +80,16 @@ def suits_qwen2(source: str) -> bool:
 def _put(source: str, output: Path, model_type: str) -> Any:
     """Copies or saves a tokenizer into the folder of a model and loads it there."""
     path = Path(source)
-    folder = path if path.is_dir() else path.parent
+    folder, file = (path, path / tokenizer_reading.FILE) if path.is_dir() else (path.parent, path)
+    described = (folder / tokenizer_reading.SETTINGS).is_file()
     try:
-        if path.is_dir() or (path.is_file() and (folder / tokenizer_reading.SETTINGS).is_file()):
+        if path.is_dir() or (path.is_file() and described):
             copy_assets(folder, output)
-        elif path.is_file():
-            _from_json(path, output)
-        else:
+        if file.is_file() and not described:
+            _from_json(file, output)
+        elif path.is_file() and path.name not in TOKENIZER_FILES:
+            shutil.copyfile(path, output / tokenizer_reading.FILE)
+        elif not path.exists():
             from transformers import AutoTokenizer
 
             AutoTokenizer.from_pretrained(source).save_pretrained(output)

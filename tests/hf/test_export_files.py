@@ -66,9 +66,12 @@ def test_shards_hold_the_same_weights(checkpoint: Path, tmp_path: Path) -> None:
     assert not any(info.values())
 
 
-def test_tokenizer_and_token_ids_travel_along(tmp_path: Path) -> None:
-    source = write_tokenizer(tmp_path / "tokenizer.json", 60)
-    result = convert_to_hf(ToHf(with_tokenizer(tmp_path / "checkpoint", source), tmp_path / "out"))
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_tokenizer_and_token_ids_travel_along(named: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    source = write_tokenizer(tmp_path / "tokenizer/tokenizer.json", 60)
+    trained = with_tokenizer(tmp_path / "checkpoint", source if named == "file" else source.parent)
+    result = convert_to_hf(ToHf(trained, tmp_path / "out"))
     assert result.notes == []
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.get_vocab() == Tokenizer.from_file(str(source)).get_vocab()
@@ -92,6 +95,15 @@ def test_a_folder_s_generation_config_and_chat_template_travel_along(checkpoint:
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == generation
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
     assert result.notes == ["the tokenizer uses 50 of the model's 60 tokens"]
+
+
+def test_the_file_that_is_named_is_the_tokenizer_whatever_lies_beside_it(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    write_tokenizer(folder / "tokenizer.json", 40)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    convert_to_hf(ToHf(checkpoint, tmp_path / "out", tokenizer=str(write_tokenizer(folder / "second.json", 60))))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 60
 
 
 def test_an_interrupted_export_goes_on(checkpoint: Path, tmp_path: Path) -> None:

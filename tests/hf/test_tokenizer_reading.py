@@ -65,7 +65,8 @@ def export(name: str, tokenizer: Tokenizer, class_name: str | None, folder: Path
     [
         ("qwen2", None, "PreTrainedTokenizerFast", "LlamaForCausalLM", "LlamaForCausalLM with biases"),
         ("qwen2", None, "Qwen2Tokenizer", "LlamaForCausalLM", "LlamaForCausalLM with biases"),
-        ("qwen3", None, None, "Qwen3ForCausalLM", "as Qwen2Tokenizer transformers encodes otherwise"),
+        ("qwen3", None, "Qwen2Tokenizer", "Qwen3ForCausalLM", "as Qwen2Tokenizer transformers encodes otherwise"),
+        ("qwen3", None, None, "Qwen3ForCausalLM", None),
         ("llama-tied", SPLIT % 3, "GPT2Tokenizer", "LlamaForCausalLM", "as GPT2Tokenizer transformers encodes"),
         ("llama-tied", SPLIT % 3, "PreTrainedTokenizerFast", "LlamaForCausalLM", None),
     ],
