@@ -105,7 +105,7 @@ def _down_by_neuron(args: argparse.Namespace) -> bool | None:
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    from megasparse.hf.to_hf import ToHf, convert_to_hf
+    from megasparse.hf.to_hf import ToHf, check, convert_to_hf
 
     options = ToHf(
         checkpoint=args.checkpoint,
@@ -119,9 +119,8 @@ def _to_hf(args: argparse.Namespace) -> int:
     repository = None
     if args.push:
         from megasparse.hf.push import prepare_push
-        from megasparse.hf.source import open_checkpoint
 
-        open_checkpoint(args.checkpoint)  # a mistake there must leave no empty repository
+        check(options)  # a mistake must leave no empty repository
         repository = prepare_push(args.push, args.private)
     with _interruptible("the same command goes on with what is missing"), _bar("exporting") as progress:
         result = convert_to_hf(options, progress)
@@ -138,7 +137,9 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 def _from_hf(args: argparse.Namespace) -> int:
     from megasparse.hf.from_hf import MODEL_YAML, FromHf, convert_from_hf, download
+    from megasparse.hf.output import check_target
 
+    check_target(args.output, args.overwrite)  # before a download
     options = FromHf(
         model=Path(args.model) if Path(args.model).exists() else download(args.model),
         output=args.output,

@@ -57,21 +57,12 @@ def output_folder(
             or does not fit on the disk.
     """
     target = Path(os.path.realpath(target))  # a link stays; what it points to is written, on the disk that it is on
-    for path in inputs:
-        source = path.resolve()
-        if source == target or target in source.parents:
-            raise ConvertError(f"{target}: is the input or a folder around it; choose another output")
-    if os.path.ismount(target):
-        raise ConvertError(f"{target}: a disk is mounted there, which no folder can replace; choose a folder in it")
     partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
     try:
         if old.exists() and not target.exists():  # a kill between the two renames
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-        if target.exists() and not overwrite:
-            raise ConvertError(f"{target}: exists already; choose another output or give --overwrite")
-        if target.exists() and not target.is_dir():
-            raise ConvertError(f"{target}: is a file, not a folder; choose another output")
+        check_target(target, overwrite, inputs)
         partial.mkdir(parents=True, exist_ok=True)
         lock = _lock(partial, target)
         note = _take_over(partial, fingerprint)
@@ -104,6 +95,22 @@ def output_folder(
         raise
     finally:
         os.close(lock)
+
+
+def check_target(target: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
+    """Raises ConvertError where `output_folder` would: the target exists, or is among the inputs. Writes nothing, so
+    it can stand before a download, or before anything else that would be for nothing."""
+    target = Path(os.path.realpath(target))
+    for path in inputs:
+        source = path.resolve()
+        if source == target or target in source.parents:
+            raise ConvertError(f"{target}: is the input or a folder around it; choose another output")
+    if os.path.ismount(target):
+        raise ConvertError(f"{target}: a disk is mounted there, which no folder can replace; choose a folder in it")
+    if os.path.exists(target) and not overwrite:
+        raise ConvertError(f"{target}: exists already; choose another output or give --overwrite")
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise ConvertError(f"{target}: is a file, not a folder; choose another output")
 
 
 def _lock(partial: Path, target: Path) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megasparse.hf.architectures import Architecture, architecture_of
 from megasparse.hf.assets import suits_qwen2, write_generation_config, write_tokenizer
 from megasparse.hf.config import to_hf_config
 from megasparse.hf.errors import ConvertError
-from megasparse.hf.output import output_folder
+from megasparse.hf.output import check_target, output_folder
 from megasparse.hf.safetensors_files import INDEX, Planned, index_of, is_complete, plan_files, write_file
 from megasparse.hf.source import Source, open_checkpoint
 from megasparse.hf.tensors import Weight, hf_shapes, split, zero_tensors
@@ -70,7 +71,7 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     architecture = architecture_of(model)
     dtype = source.reader.dtype(source.weights[0]) if options.dtype == "auto" else DTYPES[options.dtype]
     notes = []
-    tokenizer = None if options.no_tokenizer else options.tokenizer or source.tokenizer
+    tokenizer = _tokenizer(source, options)
     if tokenizer is None and not options.no_tokenizer:
         notes.append("no tokenizer: the run names none (data.tokenizer); give it with --tokenizer PATH")
 
@@ -134,6 +135,16 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     )
 
 
+def check(options: ToHf) -> None:
+    """Raises ConvertError for what `convert_to_hf` would refuse at its start. Writes nothing."""
+    source = open_checkpoint(options.checkpoint)
+    tokenizer = _tokenizer(source, options)
+    check_target(options.output, options.overwrite, _inputs(source, tokenizer))
+    if tokenizer is not None:
+        with TemporaryDirectory() as folder:
+            write_tokenizer(tokenizer, source.vocab_size, Path(folder), architecture_of(source.model).model_type)
+
+
 def to_dtype(tensor: Tensor, dtype: torch.dtype, path: Path, weight: Weight) -> Tensor:
     """The weight in another type. Raises ConvertError where it holds values that float16 has not."""
     rounded = tensor.to(dtype)
@@ -178,6 +189,10 @@ def _fingerprint(source: Source, options: ToHf, dtype: torch.dtype, tokenizer: s
         "shard_bytes": options.shard_bytes,
         "tokenizer": tokenizer,
     }
+
+
+def _tokenizer(source: Source, options: ToHf) -> str | None:
+    return None if options.no_tokenizer else options.tokenizer or source.tokenizer
 
 
 def _inputs(source: Source, tokenizer: str | None) -> tuple[Path, ...]:

@@ -114,18 +114,24 @@ def test_push_uploads_the_folder(tmp_path: Path) -> None:
 
 
 def test_push_fails_before_the_export(tmp_path: Path) -> None:
-    checkpoint = write_plain(tmp_path / "checkpoint", config_of("llama-tied"))
+    raw = config_of("llama-tied")
+    checkpoint = write_plain(tmp_path / "checkpoint", raw)
+    without_tokenizer = write_plain(tmp_path / "moved", {**raw, "data": {**raw["data"], "tokenizer": "moved/away"}})
+    (tmp_path / "kept").mkdir()
     with Hub() as hub:
-        for source, name, token, expected in (
-            (checkpoint, "some/model", {}, "no token for the hub; run `hf auth login`, or set HF_TOKEN"),
-            (checkpoint, "some/model", {"HF_TOKEN": "hf_wrong"}, "401 Unauthorized"),
-            (checkpoint, "so me/model", {"HF_TOKEN": hub.token}, "write it as user/model"),
-            (tmp_path / "none", "some/model", {"HF_TOKEN": hub.token}, "none: not there; give a checkpoint"),
+        right, out = {"HF_TOKEN": hub.token}, tmp_path / "out"
+        for source, output, name, token, expected in (
+            (checkpoint, out, "some/model", {}, "no token for the hub; run `hf auth login`, or set HF_TOKEN"),
+            (checkpoint, out, "some/model", {"HF_TOKEN": "hf_wrong"}, "401 Unauthorized"),
+            (checkpoint, out, "so me/model", right, "write it as user/model"),
+            (tmp_path / "none", out, "some/model", right, "none: not there; give a checkpoint"),
+            (without_tokenizer, out, "some/model", right, "tokenizer moved/away: does not load"),
+            (checkpoint, tmp_path / "kept", "some/model", right, "kept: exists already"),
         ):
             settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), **token}
-            done = megasparse("convert", "to-hf", source, tmp_path / "out", "--push", name, **settings)
+            done = megasparse("convert", "to-hf", source, output, "--push", name, **settings)
             assert done.returncode == 2
             assert expected in done.stderr
             assert len(done.stderr.strip().splitlines()) == 1
-            assert not (tmp_path / "out").exists()
+            assert not out.exists()
         assert hub.created == []
