@@ -103,7 +103,7 @@ def read_hf_config(folder: Path) -> SourceModel:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConvertError(f"{path}: not there; give the folder of a Hugging Face model") from None
     except (OSError, ValueError) as error:
         raise ConvertError(f"{path}: cannot be read ({error}); download the model again") from None

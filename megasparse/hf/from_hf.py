@@ -12,7 +12,7 @@ import yaml
 from megasparse.config import Config, parse_config
 from megasparse.hf.assets import check_tokenizer, copy_assets, has_tokenizer
 from megasparse.hf.config import SourceModel
-from megasparse.hf.errors import ConvertError, first_line
+from megasparse.hf.errors import ConvertError
 from megasparse.hf.megatron_files import write_checkpoint
 from megasparse.hf.model_folder import ModelFolder
 from megasparse.hf.output import output_folder
@@ -24,6 +24,8 @@ ASSETS = "hf"
 """Folder, inside the checkpoint, of the tokenizer and what else came with the model."""
 MODEL_YAML = "model.yaml"
 """Configuration to build on, inside the checkpoint."""
+_DOWNLOADED = ("*.json", "*.model", "*.txt", "*.jinja")
+"""Files of a model on the hub beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,16 @@ def download(name: str) -> Path:
     """A model of the Hugging Face hub, by name. Raises ConvertError where it cannot be had."""
     from huggingface_hub import snapshot_download
 
+    def fetch(*patterns: str) -> Path:
+        # "consolidated": the same weights once more, in their authors' own format.
+        return Path(snapshot_download(name, allow_patterns=[*_DOWNLOADED, *patterns], ignore_patterns="consolidated*"))
+
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        folder = fetch("*.safetensors")
+        return folder if any(folder.glob("*.safetensors")) else fetch("pytorch_model*.bin")
     except Exception as error:  # the hub's client and its HTTP library raise many types
+        reason = " ".join(str(error).split())[:500]  # it says on a later line that a model is gated
         raise ConvertError(
             f"{name}: neither a folder here nor a model that could be downloaded from the Hugging Face hub "
-            f"({first_line(error)})"
+            f"({reason}); check the name and the network, and for a private or gated model run `hf auth login`"
         ) from None

@@ -1,20 +1,33 @@
-"""A Hugging Face hub on this machine, as far as `huggingface_hub` asks for one to upload a small folder."""
+"""A Hugging Face hub on this machine, as far as `huggingface_hub` asks for one to up- and download a small folder."""
 
 from __future__ import annotations
 
 import base64
 import json
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+_COMMIT = "c" * 40
+
 
 class Hub:
-    """Serves while it is entered. `files`: what was committed. `refuse_commit`: answer uploads with an error."""
+    """Serves while it is entered.
 
-    def __init__(self, refuse_commit: bool = False, token: str = "hf_right") -> None:
+    Args:
+        refuse_commit: answer uploads with an error.
+        model: a folder to serve as some/model; None: it is there and gated.
+
+    `files`: what was committed. `fetched`: names of files that were downloaded.
+    """
+
+    def __init__(self, refuse_commit: bool = False, token: str = "hf_right", model: Path | None = None) -> None:
         self.files: dict[str, bytes] = {}
+        self.fetched: list[str] = []
+        self.model = model
         self.created: list[dict[str, Any]] = []
         self.refuse_commit, self.token = refuse_commit, token
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -32,8 +45,28 @@ class Hub:
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
             def do_GET(self) -> None:
-                self.answer(404, {"error": f"GET {self.path}"})
+                path = self.path.partition("?")[0]
+                if path.startswith("/api/models/some/model") and hub.model is None:
+                    reason = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to some/model is restricted"}
+                    self.answer(403, {}, reason)
+                elif hub.model is not None and path.startswith("/api/models/some/model/revision/"):
+                    names = [{"rfilename": file.name} for file in hub.model.iterdir()]
+                    self.answer(200, {"id": "some/model", "sha": _COMMIT, "siblings": names})
+                elif hub.model is not None and path.startswith("/api/models/some/model/tree/"):
+                    sizes = [(file.name, file.stat().st_size) for file in hub.model.iterdir()]
+                    self.answer(200, [{"type": "file", "path": n, "size": size, "oid": ""} for n, size in sizes])
+                elif hub.model is not None and path.startswith(f"/some/model/resolve/{_COMMIT}/"):
+                    file = hub.model / path.rpartition("/")[2]
+                    if self.command == "GET":
+                        hub.fetched.append(file.name)
+                    headers = {"ETag": f'"{zlib.crc32(file.read_bytes()):040x}"', "X-Repo-Commit": _COMMIT}
+                    self.answer(200, file.read_bytes(), headers)
+                else:
+                    self.answer(404, {"error": f"GET {self.path}"})
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -55,13 +88,16 @@ class Hub:
                 else:
                     self.answer(403, {"error": "Forbidden here"})
 
-            def answer(self, status: int, content: dict[str, Any]) -> None:
-                data = json.dumps(content).encode()
+            def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                if self.command != "HEAD":
+                    self.wfile.write(data)
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.hf.cases import VOCABULARY, config_of, contents, megasparse, write_plain
 from tests.hf.hub import Hub
-from tests.hf.test_from_hf import make_model
+from tests.hf.test_from_hf import make_model, weights_of
 from tests.training.cases import write_data
 
 
@@ -76,6 +76,7 @@ def test_import_train_export(tmp_path: Path) -> None:
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     for arguments, expected in (
         (("to-hf", tmp_path / "none", tmp_path / "out"), "none: not there; give a checkpoint"),
+        (("from-hf", __file__, tmp_path / "out"), "config.json: not there; give the folder of a Hugging Face model"),
         (("from-hf", tmp_path, tmp_path / "out"), "config.json: not there; give the folder of a Hugging Face model"),
         (("to-hf", tmp_path, tmp_path / "out", "--shard-size", "large"), "'large' is not a size"),
     ):
@@ -92,6 +93,30 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "some/model: neither a folder here nor a model that could be downloaded" in done.stderr
     assert not (tmp_path / "out").exists()
+    (tmp_path / "kept").mkdir()
+    done = megasparse("convert", "from-hf", "some/model", tmp_path / "kept", **nowhere)
+    assert f"{tmp_path}/kept: exists already" in done.stderr
+
+
+def test_a_model_of_the_hub(tmp_path: Path) -> None:
+    """Pickled weights where there are no others, and never those in their authors' own format."""
+    make_model("llama-tied", tmp_path / "model")
+    torch.save(weights_of(tmp_path / "model"), tmp_path / "model/pytorch_model.bin")
+    for file in (tmp_path / "model").glob("model*"):
+        file.unlink()
+    (tmp_path / "model/consolidated.safetensors").write_text("the same once more")
+    for model in (None, tmp_path / "model"):
+        with Hub(model=model) as hub:
+            settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
+            done = megasparse("convert", "from-hf", "some/model", tmp_path / "out", **settings)
+        if model is None:
+            assert done.returncode == 2
+            assert "Access to some/model is restricted" in done.stderr
+            assert "for a private or gated model run `hf auth login`" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
+            assert sorted(hub.fetched) == ["config.json", "generation_config.json", "pytorch_model.bin"]
+    assert (tmp_path / "out/manifest.json").exists()
 
 
 def test_push_uploads_the_folder(tmp_path: Path) -> None:
