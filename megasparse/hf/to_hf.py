@@ -20,6 +20,7 @@ from megasparse.hf.output import check_target, output_folder
 from megasparse.hf.safetensors_files import INDEX, Planned, index_of, is_complete, plan_files, write_file
 from megasparse.hf.source import Source, open_checkpoint
 from megasparse.hf.tensors import Weight, hf_shapes, split, zero_tensors
+from megasparse.training.checkpoint_files import examine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ASSETS_BYTES = 64 * 2**20
@@ -85,6 +86,9 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     tensors = _Tensors(source, dtype, architecture)
     files = plan_files(tensors.planned, options.shard_bytes)
     total = sum(tensor.nbytes for tensor in tensors.planned)
+    problem = examine(source.path, content=True)
+    if problem is not None:
+        raise ConvertError(f"{source.path}: {problem}; use another checkpoint")
 
     def reusable(folder: Path) -> int:
         complete = (group for name, group in files.items() if is_complete(folder / name, group))

@@ -14,6 +14,7 @@ sizes find truncated and missing files at once, checksums find changed bytes bef
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger("megasparse")
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -175,7 +178,8 @@ def find_checkpoints(root: Path) -> Iterator[Found]:
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint, from the path of one, of a checkpoint directory, or of a run directory.
+    """A checkpoint, from the path of one, of a checkpoint directory, or of a run directory (the newest complete one;
+    newer ones that are damaged are logged).
 
     Raises:
         CheckpointError: there is no complete checkpoint there.
@@ -189,6 +193,7 @@ def resolve(path: Path) -> Path:
         for found in find_checkpoints(root):
             if found.problem is None:
                 return found.path
+            log.warning("checkpoint: DAMAGED, trying the one before: %s: %s", found.path, found.problem)
     raise CheckpointError(f"{path}: no complete checkpoint there; give a checkpoint, its folder, or a run directory")
 
 

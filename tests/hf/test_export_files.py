@@ -184,6 +184,13 @@ def _truncate(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5000])
 
 
+def _change_bytes(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
 def _truncate_unnoticed(path: Path) -> None:
     """As written by another tool: no manifest tells the size."""
     _truncate(path)
@@ -222,6 +229,7 @@ def _remove_common(path: Path) -> None:
     ("damage", "expected"),
     [
         (_truncate, r"__0_0\.distcp has \d+ bytes instead of \d+"),
+        (_change_bytes, r"the content of __0_0\.distcp has changed since it was written .*; use another checkpoint"),
         (_truncate_unnoticed, r"__0_0\.distcp: truncated"),
         (lambda path: (path / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
         (lambda path: (path / "manifest.json").unlink(), "no complete checkpoint|not a complete checkpoint"),
@@ -253,6 +261,15 @@ def test_a_damaged_or_foreign_checkpoint_is_named(
         convert_to_hf(ToHf(checkpoint, tmp_path / "out"))
     assert str(checkpoint) in str(caught.value)
     assert leftovers(tmp_path) == []
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_exported(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = write_plain(checkpoint.with_name("step_00000002"), config_of(NAME))
+    _truncate(newest)
+    assert convert_to_hf(ToHf(tmp_path / "run", tmp_path / "out")).checkpoint == checkpoint
+    assert f"DAMAGED, trying the one before: {newest}: __0_0.distcp has" in caplog.text
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
