@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,8 @@ class Record:
         if not isinstance(fields, dict) or not isinstance(fields.get("step"), int) or "split" not in fields:
             raise ValueError("not a metrics record: it needs an integer `step` and a `split`")
         step, time, split = fields.pop("step"), fields.pop("time", 0.0), fields.pop("split")
-        return cls(step, time, split, fields)
+        # The same few hundred names in every record: one copy of each saves half of a long run's memory.
+        return cls(step, time, split, {sys.intern(name): value for name, value in fields.items()})
 
 
 def read_records(path: Path) -> Iterator[Record]:

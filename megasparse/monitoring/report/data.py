@@ -51,13 +51,9 @@ class Run:
         self.environment: dict[str, Any] = described.get("environment", {})
         self.starts: list[dict[str, Any]] = described.get("starts", [])
         self.name: str = self.config.get("run", {}).get("name") or directory.resolve().name
-        layers = {
-            int(match[1])
-            for record in self.train
-            for name in record.metrics
-            if (match := re.match(r"(?:sparsity|memory)/layer_(\d+)/", name))
-        }
-        self.layers = sorted(layers)
+        names = {name for record in self.train for name in record.metrics}
+        found = (re.match(r"(?:sparsity|memory)/layer_(\d+)/", name) for name in names)
+        self.layers = sorted({int(match[1]) for match in found if match})
 
     @property
     def last_step(self) -> int:
