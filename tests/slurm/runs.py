@@ -50,7 +50,7 @@ class Workplace:
 
     def run_directory(self, name: str) -> Path:
         """Where the run of this name writes."""
-        return self.directory / "runs" / name
+        return Path(os.path.normpath(self.directory / "runs" / name))  # `runs/../other` is there without `runs`
 
     def command(self, *arguments: str) -> str:
         """What `megasparse ARGUMENTS` prints where one submits."""
