@@ -14,7 +14,8 @@ import pytest
 from megasparse.monitoring.environment import record_start
 from megasparse.monitoring.record import Record
 from megasparse.monitoring.report import ReportError, write_report
-from megasparse.monitoring.report.charts import Series, byte_size, line_chart, percent, ramp, short
+from megasparse.monitoring.report.charts import Series, bar_chart, byte_size, line_chart, percent, ramp, short
+from megasparse.monitoring.report.page import STYLE
 from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink
 
 LAYERS, WIDTH = 3, 64
@@ -178,6 +179,14 @@ def test_charts_of_degenerate_data() -> None:
             figure = line_chart("t", [Series("a", points, 0)], log=log)
             assert "nan" not in re.sub(r'data-chart="[^"]*"', "", figure)
             assert "<path" in figure
+
+
+def test_many_runs_are_drawn_in_colours_that_there_are() -> None:
+    bars = [(f"run {number}", [1.0, 2.0]) for number in range(8)]
+    lines = [Series(f"run {number}", [(1, 1.0)], number) for number in range(8)]
+    for figure in (bar_chart("t", ["0", "1"], bars, unit=byte_size), line_chart("t", lines)):
+        used = set(re.findall(r'class="[^"]*\b(c\d+)\b', figure))
+        assert used == set(re.findall(r"\.(c\d)\{", STYLE))
 
 
 def test_numbers_as_text() -> None:

@@ -212,7 +212,7 @@ def bar_chart(
             x, y = centre + (number - len(bars) / 2) * width, y_of(values[index])
             tip = esc(f"layer {label}, {name}: {unit(values[index])}")
             body.append(
-                f'<rect class="bar c{number}" x="{x:.1f}" y="{y:.1f}" width="{max(1.0, width - 2):.1f}" '
+                f'<rect class="bar c{number % 6}" x="{x:.1f}" y="{y:.1f}" width="{max(1.0, width - 2):.1f}" '
                 f'height="{height - BOTTOM - y:.1f}"><title>{tip}</title></rect>'
             )
         if index % every == 0:
