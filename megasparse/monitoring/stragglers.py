@@ -36,7 +36,8 @@ class Stragglers:
             return None
         means = [total / self._steps for total in self._sums]
         self._sums, self._steps = [0.0] * len(means), 0
-        slow = [rank for rank, mean in enumerate(means) if mean > SLOW * self._median(means, rank)]
+        medians = self._medians(means)
+        slow = [rank for rank, mean in enumerate(means) if mean > SLOW * medians[rank]]
         if slow == self._named:
             return None
         self._named = slow
@@ -47,15 +48,19 @@ class Stragglers:
         more = f" and {len(slow) - 6} more" if len(slow) > 6 else ""
         return (
             f"SLOW: {names}{more}: up to {means[worst]:.3f} s of own work a step, the median is "
-            f"{self._median(means, worst):.3f} s; every step waits for that"
+            f"{medians[worst]:.3f} s; every step waits for that"
         )
 
     def slowest(self, own: Sequence[float]) -> tuple[int, float]:
         """The rank that is slowest against its stage, and its time over the stage's median."""
-        shares = [seconds / max(self._median(own, rank), 1e-9) for rank, seconds in enumerate(own)]
+        shares = [seconds / max(median, 1e-9) for seconds, median in zip(own, self._medians(own), strict=True)]
         rank = max(range(len(shares)), key=shares.__getitem__)
         return rank, shares[rank]
 
-    def _median(self, values: Sequence[float], rank: int) -> float:
-        stage = [value for value, other in zip(values, self._stages, strict=True) if other == self._stages[rank]]
-        return statistics.median_low(stage)
+    def _medians(self, values: Sequence[float]) -> list[float]:
+        """For every rank, the median of its stage."""
+        stages: dict[int, list[float]] = {}
+        for value, stage in zip(values, self._stages, strict=True):
+            stages.setdefault(stage, []).append(value)
+        medians = {stage: statistics.median_low(own) for stage, own in stages.items()}
+        return [medians[stage] for stage in self._stages]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,20 @@ def test_stages_have_their_own_pace() -> None:
     assert text.startswith("SLOW: rank 3 on n1: up to 4.000 s of own work a step, the median is 3.000 s")
 
 
+def test_judging_thousands_of_ranks_takes_no_time_of_a_step() -> None:
+    world = 4096
+    ranks = Stragglers(["n"] * world, [rank * 8 // world for rank in range(world)])
+    own = [1.0 + rank % 7 / 100 for rank in range(world)]
+    own[1234] = 2.0
+    started = time.process_time()
+    assert ranks.slowest(own)[0] == 1234
+    assert (ranks.add([STEPS * seconds for seconds in own], STEPS) or "").startswith("SLOW: rank 1234 ")
+    assert time.process_time() - started < 0.1
+
+
 def run_with_a_slow_rank(content: dict[str, Any], slow: int) -> list[str]:
     """Trains on the ranks that call; every forward pass of rank `slow` sleeps. What this rank warned of."""
     import logging
-    import time
 
     import torch.distributed as dist
 
