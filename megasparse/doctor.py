@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import netrc
 import os
 import shutil
 import subprocess
@@ -18,10 +17,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlparse
 
 Status = Literal["ok", "warn", "fail"]
 MEGATRON_VERSIONS = ((0, 16, 1), (0, 20))
@@ -274,14 +274,13 @@ def _wandb() -> Iterator[Check]:
     if version is None:
         yield Check("W&B", "warn", "not installed", "only logging.wandb.mode: disabled works", "pip install wandb")
         return
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    logged_in = "WANDB_API_KEY" in os.environ
-    if not logged_in:
-        try:
-            logged_in = netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(server).hostname or "") is not None
-        except (OSError, netrc.NetrcParseError):
-            logged_in = False
-    if logged_in:
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import wbauth
+
+    with redirect_stderr(StringIO()):  # it says which settings files it reads
+        settings = wandb_setup.singleton().settings
+    server = settings.base_url
+    if settings.api_key or settings.identity_token_file or wbauth.read_netrc_auth(host=server):
         yield Check("W&B", "ok", f"{version}, logged in to {server}")
     else:
         cost = "logging.wandb.mode: online goes on offline"

@@ -167,6 +167,22 @@ def test_doctor(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "it changes nothing"
 
 
+def test_doctor_finds_the_login_to_ones_own_wandb_server(tmp_path: Path) -> None:
+    """As `wandb login --host` leaves it."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine wandb.example.org\n  login user\n  password {40 * '0'}\n")
+    script = "from megasparse.doctor import _wandb; print(*_wandb())"
+    places = {"WANDB_CONFIG_DIR": str(tmp_path / "config"), "NETRC": str(netrc)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | places
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert "status='ok'" in done.stdout
+    assert "logged in to https://wandb.example.org" in done.stdout
+    assert done.stderr == ""
+
+
 def test_doctor_without_nvcc_or_with_a_read_only_folder(tmp_path: Path) -> None:
     folder = tmp_path / "shut"
     folder.mkdir()
