@@ -20,6 +20,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,10 +41,10 @@ class Job(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     job: str
-    name: str | None = None
+    name: Annotated[str, Field(pattern=r"^[^/]+$")] | None = None
     arguments: list[str] = Field(default_factory=list)
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
-    environment: dict[str, str | int] = Field(default_factory=dict)
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str | int] = Field(default_factory=dict)
     then: list[Job] = Field(default_factory=list)
 
 
@@ -58,7 +59,7 @@ def read_job(path: Path) -> Job:
         job = Job.model_validate(content)
     except OSError as error:
         raise LaunchFileError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise LaunchFileError(f"{path}: not YAML: {error}") from error
     except ValidationError as error:
         lines = [": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"]])) for item in error.errors()]
@@ -114,11 +115,40 @@ def submit(job: Job, directory: Path, after: str | None = None) -> list[tuple[st
         job number and script of each, in order of submission.
 
     Raises:
-        LaunchFileError: sbatch is not there or refuses.
+        LaunchFileError: a script cannot be written, sbatch is not there or refuses.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    script = directory / f"{job.name or job.job}-{job.job}.sbatch"
-    script.write_text(render(job))
+    scripts = _write(job, directory)
+    submitted: list[tuple[str, Path]] = []
+
+    def send(one: Job, after: str | None) -> None:
+        script = scripts[len(submitted)]
+        number = _sbatch(script, after)
+        submitted.append((number, script))
+        for child in one.then:
+            send(child, number)
+
+    send(job, after)
+    return submitted
+
+
+def _write(job: Job, directory: Path) -> list[Path]:
+    """The scripts of a chain, in its order. Each has a name of its own, so that each can be submitted again by hand."""
+    paths: list[Path] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for one in chain(job):
+            path = directory / f"{one.name or one.job}-{one.job}.sbatch"
+            if path in paths:
+                path = path.with_stem(f"{path.stem}-{len(paths) + 1}")
+            path.write_text(render(one))
+            paths.append(path)
+    except OSError as error:
+        raise LaunchFileError(f"{directory}: scripts cannot be written: {error.strerror}") from error
+    return paths
+
+
+def _sbatch(script: Path, after: str | None) -> str:
+    """Submits a script; the job's number."""
     command = ["sbatch", "--parsable"]
     if after is not None:
         command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
@@ -128,8 +158,4 @@ def submit(job: Job, directory: Path, after: str | None = None) -> list[tuple[st
         raise LaunchFileError(f"sbatch is not installed here; the script is in {script}") from error
     if done.returncode != 0:
         raise LaunchFileError(f"sbatch {script}: {done.stderr.strip()}")
-    number = done.stdout.strip().split(";")[0]
-    submitted = [(number, script)]
-    for child in job.then:
-        submitted += submit(child, directory, number)
-    return submitted
+    return done.stdout.strip().split(";")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megasparse.slurm.launch import LAUNCHERS, LaunchFileError, read_job, render
+from megasparse.slurm.launch import LAUNCHERS, LaunchFileError, read_job, render, submit
 from megasparse.slurm.status import Status, StatusError, status_of
 from megasparse.training.signals import write_exit_file
 from tests.slurm.runs import ROOT
@@ -68,11 +69,34 @@ def test_every_launcher_renders(launcher: Path, tmp_path: Path) -> None:
         ({"job": "pretrian"}, "pretrain"),
         ({"job": "pretrain", "then": [{"job": "nothing"}]}, "nothing"),
         ([{"job": "pretrain"}], "job.yaml: Input should be"),
+        ({"job": "pretrain", "name": "a/b"}, "name: String should match"),
+        ({"job": "pretrain", "environment": {"A B": 1}}, "environment.A B.*: String should match"),
     ],
 )
 def test_mistakes_in_the_job_file_are_named(content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(LaunchFileError, match=message):
         read_job(write(tmp_path / "job.yaml", content))
+
+
+def test_every_job_of_a_chain_keeps_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = [{"job": "evaluate", "arguments": ["runs/a", f"training.eval_steps={steps}"]} for steps in (5, 50)]
+    job = read_job(write(tmp_path / "job.yaml", {"job": "pretrain", "name": "a", "then": judge}))
+    log = tmp_path / "log"
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\nwc -l < "{log}"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    submitted = submit(job, tmp_path / "jobs", after="9")
+    assert [number for number, _ in submitted] == ["1", "2", "3"]
+    scripts = [script for _, script in submitted]
+    assert len(set(scripts)) == 3
+    lines = [re.findall("^set -- .*$", script.read_text(), re.MULTILINE) for script in scripts]
+    assert lines[1:] == [["set -- runs/a training.eval_steps=5"], ["set -- runs/a training.eval_steps=50"]]
+    dependencies = [line.split()[1] for line in log.read_text().splitlines()]
+    assert dependencies == [f"--dependency=afterok:{number}" for number in ("9", "1", "1")]
+    (tmp_path / "file").touch()
+    with pytest.raises(LaunchFileError, match="file: scripts cannot be written"):
+        submit(job, tmp_path / "file")
 
 
 def test_the_example_is_valid() -> None:
