@@ -276,7 +276,8 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     say_once_for_each_layer()
     first = launch.rank == 0
     watcher = StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None)
-    with run_lock(cfg.run_directory), watcher as stop:
+    own = [cfg.checkpoint_directory] if cfg.checkpoint.directory else []  # else within the run directory
+    with run_lock(cfg.run_directory, *own), watcher as stop:
         run = start(cfg, launch, device, stop, callbacks)
         with run.heartbeat:
             try:

@@ -1,4 +1,7 @@
-"""One run directory, one run: a second start beside the first would remove the checkpoint that it is writing."""
+"""One run at a time in a run directory and in a checkpoint directory.
+
+A second start beside the first would remove the checkpoint that it is writing, and its own would replace the others.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from megasparse.host import host_name
@@ -23,29 +27,33 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLockedError(RuntimeError):
-    """Another process trains in this run directory; the message names it."""
+    """Another process trains in this directory; the message names it."""
 
 
 @contextmanager
-def run_lock(run_directory: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Rank 0 holds the lock while a run trains; the system frees it when the process ends, in whatever way. Collective.
+def run_lock(run_directory: Path, *others: Path, patience: float = PATIENCE) -> Iterator[None]:
+    """Rank 0 holds the locks while a run trains; the system frees them when the process ends, in whatever way.
+    Collective.
 
     Where the file system knows no locks, nothing is locked.
 
     Args:
-        run_directory: made where it is missing.
+        run_directory: made where it is missing, as the others are.
+        others: directories which the run must have for itself too.
         patience: seconds to wait for another run to end.
 
     Raises:
         RunLockedError, StorageError: on all ranks.
     """
     with ExitStack() as held:
-        on_first_rank(lambda: _lock(run_directory / FILE, patience, held))
+        run, *rest = (directory.resolve() for directory in (run_directory, *others))
+        for directory in dict.fromkeys((run, *rest)):  # under two names it would wait for itself
+            on_first_rank(partial(_lock, directory / FILE, run, patience, held))
         yield
 
 
-def _lock(path: Path, patience: float, held: ExitStack) -> None:
-    """Takes the lock and says in the file who has it. `held` frees it."""
+def _lock(path: Path, run_directory: Path, patience: float, held: ExitStack) -> None:
+    """Takes the lock and says in the file which run has it. `held` frees it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = held.enter_context(path.open("a+"))
     begun, waiting = time.monotonic(), False
@@ -59,9 +67,10 @@ def _lock(path: Path, patience: float, held: ExitStack) -> None:
             file.seek(0)
             owner = file.read().strip() or "another process"
             if time.monotonic() - begun >= patience:
+                choose = "run.name" if path.parent == run_directory else "checkpoint.directory"
                 raise RunLockedError(
-                    f"{path.parent}: {owner} trains there; wait for it, end it (`touch "
-                    f"{path.parent}/stop` lets it save first), or choose another run.name"
+                    f"{path.parent}: {owner} trains there; wait for it, end it (a file `stop` in its run directory "
+                    f"lets it save first), or choose another {choose}"
                 ) from None
             if not waiting:
                 log.info("%s: waiting up to %.0f s for %s to end", path.parent, patience, owner)
@@ -73,5 +82,6 @@ def _lock(path: Path, patience: float, held: ExitStack) -> None:
             break
     job = os.environ.get("SLURM_JOB_ID")
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {host_name()}" + (f", SLURM job {job}" if job else "") + "\n")
+    process = f"process {os.getpid()} on {host_name()}" + (f", SLURM job {job}" if job else "")
+    file.write(f"{process} (run directory {run_directory})\n")
     file.flush()

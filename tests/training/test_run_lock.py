@@ -19,17 +19,17 @@ from pathlib import Path
 from megasparse.training.run_lock import run_lock
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-with run_lock(Path(sys.argv[1])):
+with run_lock(*map(Path, sys.argv[1:])):
     print("locked", flush=True)
     time.sleep(60)
 """
 
 
-def enter(directory: str, patience: float) -> str:
+def enter(directory: str, patience: float, *others: str) -> str:
     """What stands in the way of a run there, if anything; else the lock is taken and freed twice."""
     try:
         for _ in range(2):
-            with run_lock(Path(directory), patience):
+            with run_lock(Path(directory), *map(Path, others), patience=patience):
                 pass
     except (RunLockedError, StorageError) as error:
         return str(error)
@@ -48,6 +48,24 @@ def test_a_second_run_waits_then_ends_and_a_killed_one_leaves_no_lock(world: int
             assert "choose another run.name" in problem
         holder.kill()
     assert run_distributed(world, "tests.training.test_run_lock:enter", str(tmp_path / "run"), 10.0) == [""] * world
+
+
+def test_two_runs_with_one_checkpoint_directory(tmp_path: Path) -> None:
+    """The second would remove what the first is writing."""
+    shared, link = tmp_path / "checkpoints", tmp_path / "link"
+    link.symlink_to(shared)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "a"), str(shared), str(link)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        target = "tests.training.test_run_lock:enter"
+        [problem] = run_distributed(1, target, str(tmp_path / "b"), 0.5, str(shared))
+        assert problem.startswith(f"{shared}: process {holder.pid} on ")
+        assert f"(run directory {tmp_path / 'a'}) trains there" in problem
+        assert "choose another checkpoint.directory" in problem
+        holder.kill()
 
 
 def test_a_file_system_that_fails_rank_0_ends_all_ranks(tmp_path: Path) -> None:
