@@ -213,8 +213,8 @@ def check_probes(dataset: Any, probes: list[tuple[int, str]]) -> None:
             raise DataChangedError(
                 f"sample {position}, which the run has already seen, is not what it was: the data or its order has "
                 "changed since the checkpoint (data files, blend weights, split, sequence_length, training.seed, or "
-                "training.steps where the data is used more than once). Going on would repeat some samples and never "
-                "use others. Restore the configuration, start a new run from the weights with "
+                "training.steps and global_batch_size where the data is used more than once). Going on would repeat "
+                "some samples and never use others. Restore the configuration, start a new run from the weights with "
                 "checkpoint.load, or accept that with data.allow_change=true."
             )
 

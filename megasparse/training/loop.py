@@ -43,6 +43,7 @@ from megasparse.training.signals import (
     EXIT_REQUEUE,
     StopReason,
     StopWatcher,
+    clear_exit_file,
     write_exit_file,
 )
 from megasparse.training.sources import SourceTokens
@@ -278,6 +279,8 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     watcher = StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None)
     own = [cfg.checkpoint_directory] if cfg.checkpoint.directory else []  # else within the run directory
     with run_lock(cfg.run_directory, *own), watcher as stop:
+        if first:
+            clear_exit_file(cfg.run_directory)
         run = start(cfg, launch, device, stop, callbacks)
         with run.heartbeat:
             try:

@@ -8,7 +8,7 @@ saw, in the same collective that reduces the loss; so all ranks take the same de
 checkpoint and leave.
 
 Exit codes of `megasparse pretrain` (torchrun replaces them by 1; the file `exit.json` in the run directory says the
-same under every launcher):
+first three under every launcher, and is not there after an error or a kill):
 
 | code | meaning | what a launcher should do |
 |---|---|---|
@@ -165,6 +165,11 @@ def write_exit_file(run_directory: Path, code: int, reason: str, step: int) -> N
     temporary = run_directory / (EXIT_FILE + ".tmp")
     temporary.write_text(json.dumps(record) + "\n")
     temporary.replace(run_directory / EXIT_FILE)
+
+
+def clear_exit_file(run_directory: Path) -> None:
+    """Removes that of an earlier start: should this one be killed, it must not speak for it."""
+    (run_directory / EXIT_FILE).unlink(missing_ok=True)
 
 
 def ignore_signals_in_worker(worker_id: int) -> None:

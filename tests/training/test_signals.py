@@ -63,6 +63,15 @@ def test_signal_to_one_rank_stops_all_and_the_run_goes_on(
         assert json.loads((tmp_path / "run" / "exit.json").read_text())["requeue"] is False
 
 
+def test_a_killed_run_leaves_no_word_of_the_start_before(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    """Launchers would take an old `exit.json` for how this start has ended."""
+    run = case(tmp_path, data_folder)
+    assert helper.run(run, stop_file_at=2)["exit"] == [EXIT_REQUEUE]
+    assert (tmp_path / "run" / "exit.json").exists()
+    assert helper.run(run, kill_after=5)["exit"] == [-signal.SIGKILL]
+    assert not (tmp_path / "run" / "exit.json").exists()
+
+
 def test_a_second_ctrl_c_ends_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
