@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -99,6 +100,22 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     assert len(steps) >= path.read_bytes().count(b"\n") > 10
     write(tmp_path, range(11, 13), resumed=10)
     assert [record.step for record in read_records(path)] == list(range(1, 13))
+
+
+def test_a_disk_that_takes_half_a_record_costs_that_record_alone(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path)
+    record = [Record(step, 0.0, "train", {"loss/lm": 1.0, "path": "dense" * 20}) for step in range(3)]
+    sink.write(record[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sink.path.stat().st_size + 50, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            sink.write(record[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sink.write(record[2])
+    sink.close()
+    assert list(read_records(sink.path)) == [record[0], record[2]]
 
 
 def test_last_records_are_those_at_the_end(tmp_path: Path) -> None:

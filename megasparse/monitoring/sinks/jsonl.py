@@ -6,6 +6,7 @@ whatever was killed and rolled back on the way.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -58,7 +59,13 @@ class JsonlSink:
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
-        self._file.write(record.to_json().encode() + b"\n")
+        """Raises OSError where the file system does not take the record; the file is as before then."""
+        line = record.to_json().encode() + b"\n"
+        written = self._file.write(line)
+        if written != len(line):  # the disk is full: the next record must not join what there is of this one
+            handle = self._file.fileno()
+            os.ftruncate(handle, os.fstat(handle).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self) -> None:
         if not self._file.closed:
