@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +204,42 @@ def test_world_size() -> None:
     interleaved = parse_config(SMALL, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])
     interleaved.validate(8)
     assert "gives 1 micro-batches per step" in message(interleaved.validate, 16)
+
+
+HIDDEN = """
+import os, sys
+from pathlib import Path
+from megasparse.config import ConfigError, check_directories, check_files, parse_config
+from megasparse.preflight.facts import existing_parent
+from tests.test_config import SMALL
+
+folder = sys.argv[1]
+os.chmod(folder, 0o700 if os.getuid() == 0 else 0)
+if os.getuid() == 0:
+    os.setuid(65534)
+data = {"data": {"blend": folder + "/text", "tokenizer": folder + "/words"}, "checkpoint": {"load": folder + "/old"}}
+for check, sections in ((check_files, data), (check_directories, {"run": {"directory": folder + "/runs/a"}})):
+    try:
+        check(parse_config({**SMALL, **sections}))
+    except ConfigError as error:
+        print(error)
+print(existing_parent(Path(folder) / "runs" / "a"))
+"""
+
+
+def test_folders_of_other_users_are_named_as_what_cannot_be_read() -> None:
+    with tempfile.TemporaryDirectory() as place:  # not tmp_path, which lies in a folder of this user alone
+        Path(place).chmod(0o755)
+        folder = Path(place) / "theirs"
+        folder.mkdir()
+        command = [sys.executable, "-c", HIDDEN, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        folder.chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    for name in ("text.bin", "text.idx", "words", "old"):
+        assert f"{folder}/{name} cannot be read: Permission denied" in done.stdout
+    assert f"run.directory = '{folder}/runs/a': {folder} is not writable" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(folder)
 
 
 def test_inputs_are_checked(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def check_directories(cfg: Config) -> None:
         ("logging.directory", cfg.logging_directory),
         ("data.cache_dir", Path(os.path.expandvars(cfg.cache_directory))),
     ):
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             continue
         reason = "is not writable" if there.is_dir() else "is not a directory"
@@ -57,16 +58,28 @@ def _missing_files(cfg: Config) -> Iterator[Problem]:
             "write one with `megasparse preprocess` and set data.blend to its --output",
         )
     for prefix in cfg.data.prefixes:
-        missing = [prefix + end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
-        if missing:
-            fix = "write it with `megasparse preprocess`; prefixes are without .bin/.idx"
-            yield Problem("data", f"no file {' and no file '.join(missing)} {here}", fix, prefix)
-    if cfg.data.tokenizer and not Path(cfg.data.tokenizer).exists():
+        files = (prefix + ".bin", prefix + ".idx")
+        if reasons := [reason for file in files if (reason := _unreadable(file, f"no file {file}"))]:
+            fix = "write it with `megasparse preprocess`, or have it made readable; prefixes are without .bin/.idx"
+            yield Problem("data", f"{' and '.join(reasons)} {here}", fix, prefix)
+    if cfg.data.tokenizer and (reason := _unreadable(cfg.data.tokenizer, "no such file")):
         fix = "give a tokenizer.json or a Hugging Face tokenizer directory"
-        yield Problem("data.tokenizer", f"no such file {here}", fix, cfg.data.tokenizer)
-    if cfg.checkpoint.load and not Path(cfg.checkpoint.load).exists():
+        yield Problem("data.tokenizer", f"{reason} {here}", fix, cfg.data.tokenizer)
+    if cfg.checkpoint.load and (reason := _unreadable(cfg.checkpoint.load, "no such path")):
         fix = "give a checkpoint or run directory"
-        yield Problem("checkpoint.load", f"no such path {here}", fix, cfg.checkpoint.load)
+        yield Problem("checkpoint.load", f"{reason} {here}", fix, cfg.checkpoint.load)
+
+
+def _unreadable(path: str, absent: str) -> str | None:
+    """Why `path` cannot be read (`absent`: because it is not there), or None. Folders of other users may not even say
+    what is in them."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return absent
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return None if os.access(path, os.R_OK) else f"{path} cannot be read: {os.strerror(errno.EACCES)}"
 
 
 def _damaged_data(cfg: Config) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ Layers, later ones win: defaults, the chain of `base:` files from the root down,
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _build(merged: dict[str, Any], origins: dict[Key, Origin], overrides: Sequen
     except ValidationError as error:
         problems += translate(error, merged)
         raise ConfigError(_locate(problems, origins)) from None
-    if cfg.model.vocab_size is None and cfg.data.tokenizer and Path(cfg.data.tokenizer).exists():
+    if cfg.model.vocab_size is None and cfg.data.tokenizer and os.path.exists(cfg.data.tokenizer):
         try:
             size = tokenizer_vocab_size(cfg.data.tokenizer)
         except ConfigError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from megasparse.config.errors import ConfigError, Problem
 from megasparse.config.schema import Config
@@ -384,7 +384,7 @@ def _data(cfg: Config) -> Iterator[Problem]:
 def _tokenizer(cfg: Config) -> Iterator[Problem]:
     from megasparse.config.vocab import tokenizer_vocab_size
 
-    if cfg.model.vocab_size is None or not cfg.data.tokenizer or not Path(cfg.data.tokenizer).exists():
+    if cfg.model.vocab_size is None or not cfg.data.tokenizer or not os.path.exists(cfg.data.tokenizer):
         return
     size = tokenizer_vocab_size(cfg.data.tokenizer)
     if size > cfg.model.vocab_size:

@@ -16,8 +16,8 @@ def tokenizer_vocab_size(path: str) -> int:
     path holds no tokenizer.
     """
     file = Path(path)
-    file = file / "tokenizer.json" if file.is_dir() else file
     try:
+        file = file / "tokenizer.json" if file.is_dir() else file
         if file.is_file():
             from tokenizers import Tokenizer
 

@@ -155,9 +155,9 @@ def cache_directory(cfg: Config) -> Path:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """The path, or the nearest folder above it that can be seen: those of other users may hide what is in them."""
     path = path.absolute()
-    while not path.is_dir():
+    while not os.path.isdir(path):
         path = path.parent
     return path
 
