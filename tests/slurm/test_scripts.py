@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +81,7 @@ def test_the_first_of_many_failures_is_found(tmp_path: Path) -> None:
         code = 0 if rank > 2990 else 1
         (tmp_path / "exit" / f"rank_{rank:05d}").write_text(f"{1763776800.5 - rank} {rank} {code} node{rank:04d}\n")
     (definition,) = re.findall(r"^first_failure\(\).*$", (ROOT / "slurm" / "pretrain.sbatch").read_text(), re.MULTILINE)
+    assert bash(f"{definition}; logs=/none; failure=$(first_failure); echo none").stdout == "none\n"
     for _ in range(10):  # which end of a pipe is closed first is a matter of luck
         found = bash(f'{definition}; logs=$1; failure=$(first_failure); echo "$failure"', str(tmp_path))
         assert (found.returncode, found.stdout) == (0, "1763773810.5 2990 1 node2990\n"), found.stderr
@@ -137,3 +140,53 @@ def test_an_array_that_would_lose_or_repeat_files_is_refused(
         assert done.stdout == ""
     else:
         assert re.findall(r"/(\d)\.txt", done.stdout) == files.split()
+
+
+class FakeSlurm:
+    """Stands for SLURM's commands around slurm/pretrain.sbatch, and for its look at the configuration.
+
+    Args:
+        srun: what the command does, in bash; its parent is the launcher.
+    """
+
+    def __init__(self, folder: Path, srun: str) -> None:
+        self.folder, self.run = folder, folder / "a run"
+        answers = {
+            "srun": srun,
+            "squeue": "echo RUNNING",
+            "scontrol": '[[ $2 == hostnames ]] && echo n1 || echo "NodeName=n1 NodeAddr=localhost"',
+            "python": f"printf '%s\\n' '{self.run}' '{self.run}/checkpoints'",
+        }
+        for name, answer in answers.items():
+            (folder / name).write_text(f"#!/bin/bash\n{answer}\n")
+            (folder / name).chmod(0o755)
+        (folder / "site.sh").touch()
+
+    def attempt(self, job: int, attempt: int, **environment: str) -> dict[str, Any]:
+        """Runs the launcher; how it says that the attempt ended."""
+        done = bash(
+            'cd "$1"; MEGASPARSE_ROOT=$root bash "$root/slurm/pretrain.sbatch" config.yaml', str(self.folder),
+            PATH=f"{self.folder}:{os.environ['PATH']}", MEGASPARSE_SITE=str(self.folder / "site.sh"),
+            SLURM_JOB_ID=str(job), SLURM_RESTART_COUNT=str(attempt), SLURM_JOB_NAME="megasparse",
+            SLURM_JOB_NODELIST="n1", SLURM_JOB_NUM_NODES="1", **environment,
+        )  # fmt: skip
+        ends = self.run / "requeues.jsonl"
+        assert ends.is_file(), done.stdout + done.stderr
+        end = json.loads(ends.read_text().splitlines()[-1])
+        assert (end["job"], end["attempt"]) == (job, attempt), done.stdout + done.stderr
+        return dict(end)
+
+
+def test_a_job_step_that_ends_without_a_word_of_any_rank_is_tried_again(tmp_path: Path) -> None:
+    """Up to MEGASPARSE_MAX_FAILURES times; a job that is submitted anew may fail as often."""
+    slurm = FakeSlurm(tmp_path, srun="exit 1")
+    settings = {"MEGASPARSE_PREFLIGHT": "0", "MEGASPARSE_MAX_FAILURES": "2"}
+    ends = [slurm.attempt(*which, **settings) for which in ((1, 0), (1, 1), (2, 0))]
+    assert [end["requeued"] for end in ends] == [True, False, True]
+    assert all(end["reason"].startswith("srun ended with code 1 and no rank wrote down why") for end in ends)
+
+
+def test_a_signal_before_the_first_step_sends_the_job_back_to_the_queue(tmp_path: Path) -> None:
+    slurm = FakeSlurm(tmp_path, srun="kill -USR1 $PPID\nsleep 0.5\nexit 1")
+    end = slurm.attempt(1, 0)
+    assert (end["requeued"], end["reason"]) == (True, "SIGUSR1 before the first step")
