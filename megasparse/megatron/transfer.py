@@ -18,13 +18,15 @@ _ALIASES = (
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
 )
 """Two names of one norm: fused into the projection after it, or alone."""
-_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_DOWN = "mlp.linear_fc2.weight"
+_OUTPUTS = ("self_attention.linear_proj.weight", _DOWN)
 _LAYER = re.compile(r"(?<=\blayers\.)\d+")
 
 
 def weights_of(chunks: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
-    """Copies of this rank's parameters by name, without the names that wrappers add; one dict a chunk."""
-    return [{_bare(name): p.detach().clone() for name, p in chunk.named_parameters()} for chunk in chunks]
+    """Copies of this rank's parameters by name, without the names that wrappers add, in Megatron's own layout; one dict
+    a chunk."""
+    return [{_bare(name): _relaid(name, p, p.detach()).clone() for name, p in c.named_parameters()} for c in chunks]
 
 
 @torch.no_grad()
@@ -45,9 +47,7 @@ def set_weights(chunks: Sequence[nn.Module], weights: Sequence[Mapping[str, Tens
             bare = _bare(name)
             match = _LAYER.search(bare)
             layer = source[int(match.group())] if match else 0
-            value = _find(known, _LAYER.sub(str(layer), bare))
-            if value.shape != parameter.shape:  # the sparse MLP stores the down projection by neuron
-                value = value.t()
+            value = _relaid(name, parameter, _find(known, _LAYER.sub(str(layer), bare)))
             if value.shape != parameter.shape:
                 raise ValueError(f"{bare} has shape {list(parameter.shape)}, the weights' is {list(value.shape)}")
             if match and bare.endswith(_OUTPUTS):
@@ -57,6 +57,13 @@ def set_weights(chunks: Sequence[nn.Module], weights: Sequence[Mapping[str, Tens
 
 def _bare(name: str) -> str:
     return re.sub(r"^(module\.)+", "", name)
+
+
+def _relaid(name: str, parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """`value` from a parameter's layout to Megatron's, or back. The sparse MLP alone stores the down projection by
+    neuron, which its shape does not tell where it is square; that its rows are cut over ranks does."""
+    by_neuron = name.endswith(_DOWN) and getattr(parameter, "partition_dim", 1) == 0
+    return value.t() if by_neuron else value
 
 
 def _layers(names: Mapping[str, Tensor]) -> int:

@@ -12,7 +12,7 @@ from megasparse.megatron.transfer import set_weights, weights_of
 class Layer(nn.Module):
     """One residual layer with the names of a transformer layer."""
 
-    def __init__(self, fused: bool) -> None:
+    def __init__(self, fused: bool, hidden: int) -> None:
         super().__init__()
         self.mlp = nn.Module()
         self.mlp.linear_fc1, self.mlp.linear_fc2 = nn.Module(), nn.Module()
@@ -22,22 +22,26 @@ class Layer(nn.Module):
         else:
             self.pre_mlp_layernorm = nn.Module()
             self.pre_mlp_layernorm.weight = norm
-        shape = (4, 6) if fused else (6, 4)
-        self.mlp.linear_fc2.weight = nn.Parameter(torch.randn(*shape))
+        down = nn.Parameter(torch.randn(*(4, hidden) if fused else (hidden, 4)))
+        down.partition_dim = 1 if fused else 0  # type: ignore[attr-defined]
+        self.mlp.linear_fc2.weight = down
 
 
-def model(layers: int, fused: bool = False) -> nn.Module:
+def model(layers: int, fused: bool = False, hidden: int = 6) -> nn.Module:
     chunk = nn.Module()
     chunk.decoder = nn.Module()
-    chunk.decoder.layers = nn.ModuleList(Layer(fused) for _ in range(layers))
+    chunk.decoder.layers = nn.ModuleList(Layer(fused, hidden) for _ in range(layers))
     chunk.embedding = nn.Embedding(3, 4)
     return chunk
 
 
-def test_other_names_and_the_other_layout_of_the_down_projection() -> None:
-    ours, megatrons = model(2), model(2, fused=True)
+@pytest.mark.parametrize("hidden", [6, 4], ids=["", "square weight"])
+@pytest.mark.parametrize("to_megatron", [True, False])
+def test_other_names_and_the_other_layout_of_the_down_projection(to_megatron: bool, hidden: int) -> None:
+    ours, megatrons = model(2, hidden=hidden), model(2, fused=True, hidden=hidden)
     ours.decoder.layers[1].pre_mlp_layernorm.weight.data.fill_(3.0)  # type: ignore[index, union-attr]
-    set_weights([megatrons], weights_of([ours]))
+    target, source = (megatrons, ours) if to_megatron else (ours, megatrons)
+    set_weights([target], weights_of([source]))
     for own, other in zip(ours.decoder.layers, megatrons.decoder.layers, strict=True):  # type: ignore[arg-type]
         assert torch.equal(own.mlp.linear_fc2.weight.t(), other.mlp.linear_fc2.weight)
         assert torch.equal(own.pre_mlp_layernorm.weight, other.mlp.linear_fc1.layer_norm_weight)
