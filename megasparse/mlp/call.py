@@ -117,8 +117,10 @@ def _check(
     if main_grads is not None:
         for name, main, weight in (("w_in", main_grads.w_in, w_in), ("w_down", main_grads.w_down, w_down)):
             wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            if main.dtype != wanted or main.shape != weight.shape or not main.is_contiguous():
+            alike = main.device == weight.device and main.shape == weight.shape
+            if main.dtype != wanted or not alike or not main.is_contiguous():
                 raise ValueError(
                     f"sparse_mlp: main_grads.{name} must be a contiguous {wanted} tensor of shape "
-                    f"{tuple(weight.shape)}; got {main.dtype} {tuple(main.shape)}, strides {main.stride()}"
+                    f"{tuple(weight.shape)} on {weight.device}; got {main.dtype} {tuple(main.shape)} on {main.device}, "
+                    f"strides {main.stride()}"
                 )

@@ -145,6 +145,10 @@ def test_has_no_second_derivative_and_says_so(path: str) -> None:
         ({"sequences": 3}, "sequences is 3; it must divide the number of tokens, 4"),
         ({"sequences": 0}, "sequences is 0"),
         ({"main_grads": MainGrads(torch.zeros(20, 8, dtype=torch.bfloat16), torch.zeros(10, 8))}, "main_grads.w_in"),
+        (
+            {"main_grads": MainGrads(torch.zeros(20, 8), torch.zeros(10, 8, device="meta"))},
+            "main_grads.w_down .* on meta",
+        ),
     ],
 )
 def test_refuses_what_does_not_fit(change: dict, message: str) -> None:
