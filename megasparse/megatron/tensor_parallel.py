@@ -46,9 +46,9 @@ def tensor_parallel_mlp(
     """
     call = prepare(x.detach(), w_in, w_down, token_mask, sequences, path, order, capacity, main_grads)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (part, w_in, w_down)):
-        y, l1, *stats = _TensorParallelMLP.apply(part, w_in, w_down, group, call, order, main_grads)
+        y, l1, *stats = _TensorParallelMLP.apply(part, w_in, w_down, group, call)
     else:
-        y, l1, *stats = run_forward(call, w_in, w_down, order, False, main_grads)[:5]
+        y, l1, *stats = run_forward(call, w_in, w_down, False)[:5]
     return MLPOutput(y.view(x.shape), l1, MLPStats(*stats))
 
 
@@ -61,12 +61,10 @@ class _TensorParallelMLP(torch.autograd.Function):
         w_down: Tensor,
         group: torch.distributed.ProcessGroup,
         call: Call,
-        order: Tensor | None,
-        main_grads: MainGrads | None,
     ) -> tuple[Tensor, ...]:
         ctx.group = group
         ctx.gathered = call.tokens.numel() != part.numel()
-        return steps.forward(ctx, part, w_in, w_down, call, order, main_grads)
+        return steps.forward(ctx, part, w_in, w_down, call)
 
     @staticmethod
     @once_differentiable
@@ -88,4 +86,4 @@ class _TensorParallelMLP(torch.autograd.Function):
             reduction = torch.distributed.all_reduce(dx, group=group, async_op=True)
         dw_in, dw_down = backward.weight_gradients(x_rows, ctx.main_grads)
         reduction.wait()
-        return d_part.view(shape), dw_in, dw_down, *(None,) * 4
+        return d_part.view(shape), dw_in, dw_down, None, None

@@ -15,7 +15,7 @@ Path = Literal["dense", "sparse"]
 
 
 class Call(NamedTuple):
-    """Arguments as the operators take them."""
+    """Arguments as the operators take them, but for the weights."""
 
     tokens: Tensor
     """x as [M, D], contiguous."""
@@ -23,7 +23,9 @@ class Call(NamedTuple):
     sequences: int
     path: Path
     """"dense" also where the kernels do not apply."""
+    order: Tensor | None
     capacity: int
+    main_grads: MainGrads | None
 
 
 def prepare(
@@ -50,23 +52,20 @@ def prepare(
     if capacity is None:
         capacity = -(-tokens.shape[0] * w_down.shape[0] // 16)
     mask = None if token_mask is None else token_mask.reshape(-1)
-    return Call(tokens, mask, tiled_sequences(tokens.shape[0], sequences), path, capacity)
+    return Call(tokens, mask, tiled_sequences(tokens.shape[0], sequences), path, order, capacity, main_grads)
 
 
-def run_forward(
-    call: Call, w_in: Tensor, w_down: Tensor, order: Tensor | None, save: bool, main_grads: MainGrads | None
-) -> list[Tensor]:
+def run_forward(call: Call, w_in: Tensor, w_down: Tensor, save: bool) -> list[Tensor]:
     """y, l1, counts, fired, tile_counts, then what the path's backward needs (if `save`).
 
     Autograd sees it only where `is_traced` (`operator.py`).
     """
-    main_w_in, main_w_down = main_grads if main_grads is not None else (None, None)
+    main = call.main_grads if call.main_grads is not None else (None, None)
     if call.path == "sparse":
         return sparse_forward(
-            call.tokens, w_in, w_down, call.token_mask, order, call.sequences, save, call.capacity, main_w_in,
-            main_w_down,
-        )  # fmt: skip
-    return list(dense_forward(call.tokens, w_in, w_down, call.token_mask, call.sequences, save, main_w_in, main_w_down))
+            call.tokens, w_in, w_down, call.token_mask, call.order, call.sequences, save, call.capacity, *main
+        )
+    return list(dense_forward(call.tokens, w_in, w_down, call.token_mask, call.sequences, save, *main))
 
 
 def _check(

@@ -9,8 +9,6 @@ their own, so that the gradient of the input can be sent meanwhile. It is the re
 where they cannot, and what runs where a layer is not sparse enough to pay.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -120,26 +118,3 @@ def fake_weight_gradients(
     dw_in = w_in.new_empty(w_in.shape) if main_w_in is None else w_in.new_empty(0)
     dw_down = w_down.new_empty(w_down.shape) if main_w_down is None else w_down.new_empty(0)
     return dw_in, dw_down
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_in, w_down, token_mask, _, _, main_w_in, main_w_down = inputs
-    a = output[5]
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w_in, w_down, token_mask, a)
-    # Not saved tensors: other micro-batches add to them between this forward and its backward.
-    ctx.main_grads = (main_w_in, main_w_down)
-
-
-def _backward(ctx: Any, dy: Tensor | None, dl1: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    x, w_in, w_down, token_mask, a = ctx.saved_tensors
-    main_w_in, main_w_down = ctx.main_grads
-    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    dx, h, da = dense_input_gradient(dy, dl1, w_in, w_down, token_mask, a)
-    dw_in, dw_down = dense_weight_gradients(dy, x, h, da, main_w_in, main_w_down)
-    added = main_w_in is not None
-    return dx, None if added else dw_in, None if added else dw_down, None, None, None, None, None
-
-
-dense_forward.custom.register_autograd(_backward, setup_context=_setup_context)

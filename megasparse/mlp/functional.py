@@ -52,7 +52,7 @@ def sparse_mlp(
     call = prepare(x, w_in, w_down, token_mask, sequences, path, order, capacity, main_grads)
     save = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_down.requires_grad)
     if save and not is_traced(call.tokens):
-        y, l1, *stats = EagerMLP.apply(call.tokens, w_in, w_down, call, order, main_grads)
+        y, l1, *stats = EagerMLP.apply(call.tokens, w_in, w_down, call)
     else:
-        y, l1, *stats = run_forward(call, w_in, w_down, order, save, main_grads)[:5]
+        y, l1, *stats = run_forward(call, w_in, w_down, save)[:5]
     return MLPOutput(y.view(x.shape), l1, MLPStats(*stats))

@@ -15,7 +15,6 @@ same format, same operator.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -337,27 +336,4 @@ def _(
     return fake_weight_gradients(w_in, w_down, main_w_in, main_w_down)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, w_in, w_down, token_mask, order, sequences, _, _, main_w_in, main_w_down = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.sequences = sequences
-    ctx.save_for_backward(x, w_in, w_down, token_mask, order, *output[5:])
-    # Not saved tensors: other micro-batches add to them between this forward and its backward.
-    ctx.main_grads = (main_w_in, main_w_down)
-
-
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    x, w_in, w_down, token_mask, order, *saved = ctx.saved_tensors
-    main_w_in, main_w_down = ctx.main_grads
-    dy = torch.zeros_like(x) if grads[0] is None else grads[0].contiguous()
-    dx, *values = sparse_input_gradient(dy, grads[1], x, w_in, w_down, token_mask, order, ctx.sequences, saved)
-    dw_in, dw_down = sparse_weight_gradients(
-        dy, x, w_in, w_down, order, ctx.sequences, saved[:3], values, main_w_in, main_w_down
-    )
-    added = main_w_in is not None
-    return dx, None if added else dw_in, None if added else dw_down, *(None,) * 7
-
-
-sparse_forward.custom.register_autograd(_backward, setup_context=_setup_context)
 cuda.register(sparse_forward, sparse_input_gradient, sparse_input_gradient_again, sparse_weight_gradients)

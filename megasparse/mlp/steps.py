@@ -6,6 +6,7 @@ Up to `complete_input_gradient` x need not be there, so that it can be on its wa
 last, the gradient of x can be on its way to them (`megasparse/megatron/tensor_parallel.py`).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -87,23 +88,25 @@ class BackwardSteps:
         return (dw_in, dw_down) if main_grads is None else (None, None)
 
 
-def forward(
-    ctx: Any, kept: Tensor, w_in: Tensor, w_down: Tensor, call: Call, order: Tensor | None, main_grads: MainGrads | None
-) -> tuple[Tensor, ...]:
-    """y, l1, counts, fired, tile_counts; `ctx` keeps what `recall` needs, and of x only `kept`, a part or all of it."""
-    y, l1, *stats_and_saved = run_forward(call, w_in, w_down, order, True, main_grads)
-    stats, saved = stats_and_saved[:3], stats_and_saved[3:]
-    ctx.mark_non_differentiable(*stats)
+def forward(ctx: Any, kept: Tensor, w_in: Tensor, w_down: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """y, l1, counts, fired, tile_counts; of x, `ctx` keeps only `kept`, a part or all of it."""
+    outputs = run_forward(call, w_in, w_down, True)
+    keep(ctx, kept, w_in, w_down, call, outputs)
+    return tuple(outputs[:5])
+
+
+def keep(ctx: Any, kept: Tensor, w_in: Tensor, w_down: Tensor, call: Call, outputs: Sequence[Tensor]) -> None:
+    """Puts into `ctx` what `recall` needs, given what `run_forward` returned."""
+    ctx.mark_non_differentiable(*outputs[2:])
     ctx.set_materialize_grads(False)
     ctx.path, ctx.sequences, ctx.shape = call.path, call.sequences, call.tokens.shape
-    ctx.save_for_backward(kept, w_in, w_down, call.token_mask, order, *saved)
+    ctx.save_for_backward(kept, w_in, w_down, call.token_mask, call.order, *outputs[5:])
     # Not saved tensors: other micro-batches add to them between this forward and its backward.
-    ctx.main_grads = main_grads
-    return y, l1, *stats
+    ctx.main_grads = call.main_grads
 
 
 def recall(ctx: Any, dy: Tensor | None, dl1: Tensor | None) -> tuple[Tensor, BackwardSteps]:
-    """What `forward` kept of x, and the steps of its backward for these gradients of y [M, D] and l1."""
+    """What `keep` was given of x, and the steps of the backward for these gradients of y [M, D] and l1."""
     kept, w_in, w_down, token_mask, order, *saved = ctx.saved_tensors
     dy = kept.new_zeros(ctx.shape) if dy is None else dy.contiguous()
     call = BackwardCall(dy, dl1, w_in, w_down, token_mask, order, ctx.sequences, ctx.path, saved)

@@ -26,7 +26,7 @@ def by_steps(case: Case, main: MainGrads | None, late: bool, **options: object) 
     x, w_in, w_down = case[:3]
     mask, order = options.get("token_mask"), options.get("order")
     call = prepare(x, w_in, w_down, mask, SEQUENCES, options["path"], order, options["capacity"], main)
-    _, l1, _, _, _, *saved = run_forward(call, w_in, w_down, order, True, main)
+    _, l1, _, _, _, *saved = run_forward(call, w_in, w_down, True)
     dl1 = torch.tensor(L1_WEIGHT, device=x.device).to(l1.dtype)
     steps = BackwardSteps(
         BackwardCall(case.dy, dl1, w_in, w_down, call.token_mask, order, call.sequences, call.path, saved)
@@ -80,6 +80,6 @@ def test_late_input_is_needed_where_values_are_missing() -> None:
     x, w_in, w_down, dy = make_case(TOKENS, 24, 70, True, "sparse")[:4]
     for capacity, missing in ((40, True), (TOKENS * 70, False)):
         call = prepare(x, w_in, w_down, None, SEQUENCES, "sparse", None, capacity, None)
-        saved = run_forward(call, w_in, w_down, None, True, None)[5:]
+        saved = run_forward(call, w_in, w_down, True)[5:]
         steps = BackwardSteps(BackwardCall(dy, None, w_in, w_down, None, None, SEQUENCES, "sparse", saved))
         assert bool(steps.input_gradient(None).isnan().any()) is missing
