@@ -195,7 +195,7 @@ __device__ __forceinline__ void pack_rows(const Args& p, const Shared& s, uint8_
     const uint32_t before = quad_exclusive_sum(counts, quad_lane);
     // Element k of the lane's first row goes to slot element before + k.
     uint8_t* to0 = own_slot + (before & 0xFFFF) * 2;
-    uint8_t* to1 = own_slot + 8 * kSlotBytes + ((before >> 16) - (counts & 0xFFFF)) * 2;
+    uint8_t* to1 = own_slot + 8 * kSlotBytes + (static_cast<int>(before >> 16) - static_cast<int>(counts & 0xFFFF)) * 2;
     for (uint32_t left = kept[tile][0] | kept[tile][1] << 16; left != 0; left &= left - 1, to0 += 2, to1 += 2) {
       const uint32_t element = __ffs(left) - 1;  // bits 0-15: the first row's values, 16-31: the second's
       const uint8_t* value = ((element & 8) == 0 ? values : values_high) + (element >> 4) * 1024 + (element & 7) * 2;

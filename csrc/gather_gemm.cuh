@@ -86,6 +86,7 @@ __device__ __forceinline__ void mma_unit(float (&acc)[128], int ksteps, uint64_t
     ring.advance();
   }
   hopper::wgmma_wait<0>();
+  hopper::wgmma_fence_operand(acc);
   if (ksteps > 0 && lane == 0) hopper::mbarrier_arrive(&empty[previous]);
 }
 
