@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from megasparse.config import Config, ConfigError, Fp8Recipe, Problem
-from megasparse.megatron.spec import have_transformer_engine
+from megasparse.megatron.spec import NO_TRANSFORMER_ENGINE, have_transformer_engine
 
 
 def missing(recipe: Fp8Recipe) -> str | None:
     """Why this process cannot train with a recipe: a clause, or None where it can."""
     if not have_transformer_engine():
-        return "needs Transformer Engine, which cannot be used here (not installed, not importable, or no GPU)"
+        return f"needs Transformer Engine, which {NO_TRANSFORMER_ENGINE}"
     from megatron.core import fp8_utils
 
     manager = fp8_utils.FP8GlobalStateManager  # Transformer Engine's, from where this version of it has it

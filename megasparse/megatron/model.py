@@ -19,7 +19,7 @@ from megasparse.megatron.cross_entropy import cross_entropy
 from megasparse.megatron.fp8 import fp8_options
 from megasparse.megatron.init import initialize
 from megasparse.megatron.sparse_mlp import iter_sparse_mlps
-from megasparse.megatron.spec import block_spec, have_transformer_engine, layer_spec, resolve_implementation
+from megasparse.megatron.spec import block_spec, implementation_problem, layer_spec, resolve_implementation
 
 
 def transformer_config(cfg: Config) -> TransformerConfig:
@@ -95,11 +95,9 @@ def transformer_config(cfg: Config) -> TransformerConfig:
 
 
 def _check_transformer_engine(cfg: Config) -> None:
-    model, training, problems = cfg.model, cfg.training, []
-    if model.implementation == "te" and not have_transformer_engine():
-        rule = "Transformer Engine cannot be used here (not installed, not importable, or no GPU)"
-        fix = "install it (pip install 'transformer-engine[pytorch]'), or set auto or local"
-        problems.append(Problem("model.implementation", rule, fix, model.implementation))
+    training, problems = cfg.training, []
+    if problem := implementation_problem(cfg.model.implementation):
+        problems.append(problem)
     layernorm = training.recompute == "selective" and "layernorm" in training.recompute_modules
     if layernorm and importlib.util.find_spec("transformer_engine") is None:
         rule = "Megatron-Core recomputes layernorm with Transformer Engine alone, which is not installed"

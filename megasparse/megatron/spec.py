@@ -24,11 +24,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megasparse.config import ConfigError, Problem
 from megasparse.megatron.attention import SDPAttention
 from megasparse.megatron.norm import Norm
 from megasparse.megatron.sparse_mlp import Mode, SparseMLP
 
 Implementation = Literal["auto", "local", "te"]
+
+NO_TRANSFORMER_ENGINE = "cannot be used here (not installed, not importable, or no GPU)"
 
 
 @cache
@@ -41,13 +44,18 @@ def have_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
+def implementation_problem(implementation: Implementation) -> Problem | None:
+    """What keeps an implementation from being used here: Transformer Engine, where it is asked for and missing."""
+    if implementation != "te" or have_transformer_engine():
+        return None
+    fix = "install it (pip install 'transformer-engine[pytorch]'), or set auto or local"
+    return Problem("model.implementation", f"Transformer Engine {NO_TRANSFORMER_ENGINE}", fix, implementation)
+
+
 def resolve_implementation(implementation: Implementation) -> Literal["local", "te"]:
-    """What "auto" means here. Raises RuntimeError where Transformer Engine is asked for and cannot be used."""
-    if implementation == "te" and not have_transformer_engine():
-        raise RuntimeError(
-            "model.implementation is te, but Transformer Engine cannot be used here (not installed, not importable, "
-            "or no GPU): install it (pip install 'transformer-engine[pytorch]'), or set it to auto or local"
-        )
+    """What "auto" means here. Raises ConfigError where Transformer Engine is asked for and cannot be used."""
+    if problem := implementation_problem(implementation):
+        raise ConfigError([problem], host_specific=True)
     if implementation == "auto":
         return "te" if have_transformer_engine() else "local"
     return implementation

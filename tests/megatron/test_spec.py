@@ -48,7 +48,7 @@ def test_spec_for_megatron_lm() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
 def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
-    with pytest.raises(RuntimeError, match="Transformer Engine cannot be used here"):
+    with pytest.raises(ConfigError, match="Transformer Engine cannot be used here") as alone:
         layer_spec("te")
     cfg = make_config(
         model__implementation="te", training__recompute="selective", training__recompute_modules=["layernorm", "mlp"]
@@ -56,6 +56,7 @@ def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(ConfigError) as found:
         transformer_config(cfg)
     assert [problem.key for problem in found.value.problems] == ["model.implementation", "training.recompute_modules"]
+    assert found.value.problems[0] == alone.value.problems[0]
     assert found.value.host_specific
 
 
