@@ -19,6 +19,10 @@ std::tuple<at::Tensor, at::Tensor> mlp_weight_gradients(const at::Tensor& dy, co
               "megasparse: dy must be a contiguous bf16 tensor like x");
   TORCH_CHECK(main_w_in.has_value() == main_w_down.has_value(), "megasparse: give both main gradients or none");
   const bool accumulate = main_w_in.has_value();
+  for (const OptionalTensor* main : {&main_w_in, &main_w_down}) {
+    TORCH_CHECK(reinterpret_cast<uintptr_t>(data_or_null<float>(*main)) % 8 == 0,
+                "megasparse: main gradients must begin at a multiple of 8 bytes: the kernels add pairs");
+  }
   at::Tensor dw_in = accumulate ? layer.empty({0}, at::kBFloat16) : at::empty_like(w_in);
   at::Tensor dw_down = accumulate ? layer.empty({0}, at::kBFloat16) : at::empty_like(w_down);
   WgradParams wgrad{};

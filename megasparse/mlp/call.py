@@ -51,7 +51,8 @@ def prepare(
         path = "dense"
     if capacity is None:
         capacity = -(-tokens.shape[0] * w_down.shape[0] // 16)
-    mask = None if token_mask is None else token_mask.reshape(-1)
+    mask = None if token_mask is None else token_mask.reshape(-1).contiguous()
+    order = None if order is None else order.contiguous()
     return Call(tokens, mask, tiled_sequences(tokens.shape[0], sequences), path, order, capacity, main_grads)
 
 

@@ -182,6 +182,35 @@ def test_main_gradients_accumulate(path: str) -> None:
         assert relative_error(added / 3, getattr(wanted, f"d{name}")) < 0.01, name
 
 
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one element into its memory."""
+    held = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return held[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("capacity", [None, 0])
+def test_views_of_any_alignment_and_stride(capacity: int | None) -> None:
+    case = cuda_case(300, 128, 704, True, "sparse")
+    mask = torch.arange(600, device="cuda")[::2] % 3 > 0
+    order = torch.stack([torch.randperm(704, device="cuda").int()] * 2, 1)[:, 0]
+    wanted = run(case, "sparse", token_mask=mask.clone(), order=order.contiguous(), capacity=capacity)
+    strided = torch.stack([mask, mask], 1)[:, 0]
+    x, w_in, w_down = (shifted(tensor).requires_grad_() for tensor in case[:3])
+    out = sparse_mlp(x, w_in, w_down, path="sparse", token_mask=strided, order=order, capacity=capacity)
+    torch.autograd.backward([out.y, out.l1], [shifted(case.dy), torch.tensor(L1_WEIGHT, device="cuda")])
+    found = (out.y.detach(), out.l1.detach(), x.grad, w_in.grad, w_down.grad, *out.stats)
+    for name, a, b in zip((*NAMES, *MLPStats._fields), found, wanted, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_main_gradients_that_the_kernels_cannot_write_are_refused() -> None:
+    case = cuda_case(300, 128, 704, True, "sparse")
+    x, w_in, w_down = (tensor.clone().requires_grad_() for tensor in case[:3])
+    main = MainGrads(*(shifted(torch.zeros_like(weight, dtype=torch.float32)) for weight in (w_in, w_down)))
+    with pytest.raises(RuntimeError, match="multiple of 8 bytes"):
+        sparse_mlp(x, w_in, w_down, path="sparse", main_grads=main).y.backward(case.dy)
+
+
 def check_replays(step: Callable[[], list[torch.Tensor]], leaves: list[torch.Tensor], others: list[Case]) -> None:
     """One graph of `step` computes on other data, of other patterns, what a call computes, bit by bit."""
     side = torch.cuda.Stream()
