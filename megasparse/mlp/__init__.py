@@ -2,7 +2,7 @@
 
 Start at `functional.sparse_mlp`; `call.py` checks its arguments, `steps.py` is its forward and backward for whoever
 communicates meanwhile. `dense.py` is the dense path, `sparse.py` the sparse one (PyTorch on CPU, the reference of the
-CUDA kernels), `operator.py` what both are to PyTorch, `autograd.py` what they are to eager autograd, `twell.py` the
+CUDA kernels), `operator.py` what both are to PyTorch, `autograd.py` what they are to autograd, `twell.py` the
 packed format, `token_order.py` how tokens are cut into tiles, `dispatch.py` the choice between paths, `cuda.py` and
 `build.py` the kernels' operators and their compilation.
 """
