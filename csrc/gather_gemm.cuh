@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <cuda_bf16.h>
 
-#include "hopper/mbarrier.cuh"
+#include "hopper/bf16.cuh"
 #include "hopper/copy.cuh"
-#include "hopper/copy_group.cuh"
+#include "hopper/mbarrier.cuh"
 #include "hopper/store.cuh"
 #include "hopper/wgmma.cuh"
 

@@ -2,14 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cuda_bf16.h>
 
 namespace megasparse::hopper {
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 // Stores four 8x8 matrices of 16-bit elements, each in the layout of a wgmma accumulator (two columns a register).
 // Lanes 8 i .. 8 i + 7 give the shared addresses of matrix i's rows (16 bytes each).
