@@ -130,6 +130,23 @@ def test_a_full_tile_of_256_neurons() -> None:
     check(case.to(torch.bfloat16, "cuda"))
 
 
+def test_more_entries_than_31_bits_count() -> None:
+    """The last tiles of M x H > 2^31 (and of offsets over 2^15) come out as they do alone. Needs 60 GB."""
+    tokens, alone, hidden = 65536, 256, 32896
+    case = cuda_case(tokens, 64, hidden, True, "sparse")
+    case.dy[:-alone] = 0
+    last = torch.arange(tokens, device="cuda") >= tokens - alone
+    end = Case(case.x[-alone:], case.w_in, case.w_down, case.dy[-alone:])
+    found = run(case, "sparse", token_mask=last, capacity=tokens * hidden // 8)
+    wanted = run(end, "sparse", capacity=alone * hidden // 8)
+    assert torch.equal(found[0][-alone:], wanted[0])
+    assert torch.equal(found[2][-alone:], wanted[2])
+    assert not found[2][:-alone].any()
+    for name, a, b in zip(NAMES[1::2] + NAMES[4:], found[1:5:2] + found[4:5], wanted[1:5:2] + wanted[4:5], strict=True):
+        assert relative_error(a, b) < 1e-2, name
+    assert torch.equal(MLPStats(*found[5:]).fired, MLPStats(*wanted[5:]).fired)
+
+
 @pytest.mark.parametrize("capacity", [None, 0])
 def test_repeats_bitwise(capacity: int | None) -> None:
     case = cuda_case(1000, 512, 2816, True, "sparse")
