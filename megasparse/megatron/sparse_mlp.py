@@ -273,6 +273,8 @@ def _check(config: TransformerConfig, ffn: int | None, tp: int, is_expert: bool)
         wrong.append("it is an expert of a mixture")
     if config.fp4:
         wrong.append("fp4 is on")
+    if config.enable_autocast and config.autocast_dtype != config.params_dtype:
+        wrong.append(f"enable_autocast is on with {config.autocast_dtype}, params_dtype being {config.params_dtype}")
     if config.fp8 and config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ()):
         # PyTorch's checkpoint, to which Transformer Engine's leaves foreign modules, refuses the padding mask.
         wrong.append("recompute_modules has mlp, which under fp8 works for Transformer Engine's own modules alone")

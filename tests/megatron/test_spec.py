@@ -25,6 +25,7 @@ from tests.megatron.helpers import LAYOUTS, run_gradients
         ({"add_bias_linear": True}, "--disable-bias-linear"),
         ({"activation_func_clamp_value": 1.0}, "activation_func_clamp_value"),
         ({"fp4": "e2m1"}, "fp4 is on"),
+        ({"enable_autocast": True, "autocast_dtype": torch.bfloat16}, "enable_autocast is on with torch.bfloat16"),
         (
             {"fp8": "hybrid", "recompute_granularity": "selective", "recompute_modules": ["mlp"]},
             "recompute_modules has mlp",
