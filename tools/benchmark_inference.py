@@ -391,6 +391,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, a few calls")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_inference"))
     parsed = parser.parse_args()
+    if parsed.text and not parsed.model:
+        parser.error("--text needs --model, whose tokenizer reads it")
+    if parsed.model and (parsed.patterns or parsed.routes):
+        parser.error("--patterns and --routes are of the random model: leave them out, or --model")
     parsed.recorded_tokens = 16384
     if parsed.quick:
         parsed.shape, parsed.l0, parsed.recorded_tokens = (2, 64, 256, 4, 128), 20.0, 256

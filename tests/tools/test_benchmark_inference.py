@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark_inference import arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,3 +36,20 @@ def test_quick_run_reports_what_fired(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "results.png").stat().st_size > 1000
     if not torch.cuda.is_available():
         assert "decode 1: skipped, needs CUDA graphs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--text", "a.txt"], "--text needs --model"),
+        (["--model", "exported", "--patterns", "recorded"], "--patterns and --routes are of the random model"),
+        (["--model", "exported", "--routes"], "--patterns and --routes are of the random model"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(
+    options: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_inference.py", *options])
+    with pytest.raises(SystemExit):
+        arguments()
+    assert expected in capsys.readouterr().err
