@@ -14,6 +14,9 @@ from megasparse.hf.published import AUXILIARY, other_names
 from megasparse.hf.safetensors_files import WeightFiles
 from megasparse.hf.tensors import Weight, hf_shapes, join, weights
 
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+"""One tensor where embeddings are tied."""
+
 
 class ModelFolder:
     """An opened model whose tensors are all there, in the shapes that its config.json gives. Only reads.
@@ -72,6 +75,8 @@ class ModelFolder:
             if name not in files and self.described.published:
                 others = other_names(name, self.described.model.gated)
                 found[name] = next((other for other in others if other[0] in files), found[name])
+        if EMBEDDING not in files and OUTPUT in files and self.described.model.tie_embeddings:
+            found[EMBEDDING] = (OUTPUT, False)  # who saves shared tensors once may choose either name
         missing = [name for name, (stored, _) in found.items() if stored not in files]
         if missing:
             count = "a tensor is missing:" if len(missing) == 1 else f"{len(missing)} tensors are missing, the first is"
@@ -113,8 +118,8 @@ class ModelFolder:
         described = self.described
         if AUXILIARY.search(name) or (described.activation != "relu" and ".mlp.act_fn." in name):
             return
-        if name == "lm_head.weight" and described.model.tie_embeddings:
-            if not torch.equal(self._files.read(name), self._files.read("model.embed_tokens.weight")):
+        if name == OUTPUT and described.model.tie_embeddings:
+            if not torch.equal(self._files.read(name), self._files.read(EMBEDDING)):
                 raise ConvertError(
                     f"{self._file(name)}: lm_head.weight differs from the embedding, and config.json ties them; set "
                     "tie_word_embeddings to false there if the model was trained so"

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,8 @@ def _open_file(path: Path) -> Any:
 
     try:
         if path.suffix == ".bin":
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(path)  # PyTorch's format before 1.6 is none, and is read whole
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             return {name: value for name, value in state.items() if isinstance(value, Tensor)}
         return safe_open(path, framework="pt")
     except FileNotFoundError:

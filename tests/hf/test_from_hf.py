@@ -281,13 +281,21 @@ def test_what_does_not_fit_is_named(
     assert contents(tmp_path / "in") == before
 
 
-def test_a_pickled_and_a_repeated_output_layer_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tied_as", "zipped"), [("both", True), ("lm_head.weight", True), ("both", False)])
+def test_a_pickled_and_a_tied_output_layer_are_read(tied_as: str, zipped: bool, tmp_path: Path) -> None:
     built = make_model("llama-tied", tmp_path / "in")
     tensors = weights_of(tmp_path / "in")
     for file in (tmp_path / "in").glob("*.safetensors*"):
         file.unlink()
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    torch.save(tensors, tmp_path / "in/pytorch_model.bin")
+    if tied_as != "both":
+        del tensors["model.embed_tokens.weight"]
+    torch.save(tensors, tmp_path / "in/pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+        .get_input_embeddings()
+        .weight.equal(built.get_input_embeddings().weight)
+    )
     convert_from_hf(FromHf(tmp_path / "in", tmp_path / "checkpoint"))
     convert_to_hf(ToHf(tmp_path / "checkpoint", tmp_path / "out"))
     back = weights_of(tmp_path / "out")
