@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megasparse.hf.errors import ConvertError
+
 if TYPE_CHECKING:
     import torch
 
@@ -105,6 +107,8 @@ def _down_by_neuron(args: argparse.Namespace) -> bool | None:
 
 
 def _to_hf(args: argparse.Namespace) -> int:
+    if args.private and not args.push:
+        raise ConvertError("--private: is of --push alone; add --push USER/NAME, or leave it out")
     from megasparse.hf.to_hf import ToHf, check, convert_to_hf
 
     options = ToHf(

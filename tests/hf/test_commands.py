@@ -79,6 +79,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         (("from-hf", __file__, tmp_path / "out"), "config.json: not there; give the folder of a Hugging Face model"),
         (("from-hf", tmp_path, tmp_path / "out"), "config.json: not there; give the folder of a Hugging Face model"),
         (("to-hf", tmp_path, tmp_path / "out", "--shard-size", "large"), "'large' is not a size"),
+        (("to-hf", tmp_path, tmp_path / "out", "--private"), "--private: is of --push alone"),
     ):
         done = megasparse("convert", *arguments)
         assert done.returncode == 2
