@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ class SourceModel:
     model: ModelConfig
     activation: str
     """Its activation function; what is not "relu" becomes ReLU."""
-    attention_bias: bool
-    """Biases of q, k, v."""
     output_bias: bool
     """A bias of the attention's output, which must be zero: Megatron's attention here has none."""
     mlp_bias: bool
@@ -35,9 +33,6 @@ class SourceModel:
     """down_proj is stored [neurons, hidden] instead of [hidden, neurons]; None: its shape must tell."""
     published: bool
     """In the layout of the published sparse checkpoints, which transformers does not load by itself."""
-    dtype: str | None
-    token_ids: dict[str, Any] = field(default_factory=dict)
-    """bos_token_id, eos_token_id, pad_token_id, as far as they are there."""
 
 
 def to_hf_config(
@@ -160,14 +155,11 @@ def read_hf_config(folder: Path) -> SourceModel:
         architecture=architecture,
         model=model,
         activation=activation,
-        attention_bias=bias,
         output_bias=architecture.bias == "key" and bias,
         mlp_bias=bool(values.get("mlp_bias")),
         max_position_embeddings=values["max_position_embeddings"],
         down_by_neuron=down_by_neuron,
         published=published,
-        dtype=raw.get("dtype") or raw.get("torch_dtype"),
-        token_ids={key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw},
     )
 
 

@@ -39,8 +39,9 @@ def test_model_survives_the_round_trip(name: str, tmp_path: Path) -> None:
         expected = 60 if key == "vocab_size" else getattr(model, key)
         assert getattr(back, key) == expected, key
     assert (back.query_groups, back.head_width) == (model.query_groups, model.head_width)
-    assert (described.max_position_embeddings, described.dtype, described.activation) == (512, "bfloat16", "relu")
-    assert described.token_ids == {"bos_token_id": None, "eos_token_id": 3, "pad_token_id": None}
+    assert (described.max_position_embeddings, described.activation) == (512, "relu")
+    assert [config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")] == [None, 3, None]
+    assert config["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", MODELS)
