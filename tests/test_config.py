@@ -88,8 +88,8 @@ model: {num_layers: 4, hidden_size: 64, ffn_hidden_size: 256, num_attention_head
 training: {global_batch_size: 0010, steps: 100}
 optimizer: {lr: 1e-3, eps: 1E-8, weight_decay: .1}
 sparsity: {l1: {mode: off}}
-run: {name: 2026-11-20}
-logging: {wandb: {tags: [yes, no, on]}}
+run: {name: 2026_11_20}
+logging: {wandb: {tags: [yes, no, on, 7_]}}
 """
     )
     cfg = load_config(path, ["optimizer.min_lr=1e-4", "training.recompute=none"])
@@ -100,8 +100,8 @@ logging: {wandb: {tags: [yes, no, on]}}
     assert cfg.model.vocab_size == 1000
     assert cfg.training.global_batch_size == 10
     assert cfg.sparsity.l1.mode == "off"
-    assert cfg.run.name == "2026-11-20"
-    assert cfg.logging.wandb.tags == ("yes", "no", "on")
+    assert cfg.run.name == "2026_11_20"
+    assert cfg.logging.wandb.tags == ("yes", "no", "on", "7_")
 
 
 def test_overrides_take_yaml_values(tmp_path: Path) -> None:

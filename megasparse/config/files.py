@@ -19,7 +19,7 @@ Key = tuple[str, ...]
 
 
 class Yaml12(yaml.SafeLoader):
-    """PyYAML with the scalars of YAML 1.2's core schema (and `_` in integers)."""
+    """PyYAML with the scalars of YAML 1.2's core schema (and `_` between the thousands of integers)."""
 
     yaml_implicit_resolvers = {}  # type: ignore[var-annotated]  # noqa: RUF012
 
@@ -28,7 +28,7 @@ Yaml12.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 Yaml12.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-Yaml12.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+Yaml12.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:[0-9]+|[0-9]{1,3}(?:_[0-9]{3})+)$"), list("-+0123456789"))
 Yaml12.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
