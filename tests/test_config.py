@@ -136,6 +136,17 @@ def test_resolved_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
     assert Config.model_validate(cfg.model_dump()) == cfg
 
 
+@pytest.mark.parametrize(
+    "name", ["1e-4", "0089", "2026_11_20", "12", "1_000", "1.5", "off", "yes", "null", "2026-11-20"]
+)
+def test_a_name_reads_back_as_a_name(name: str, tmp_path: Path) -> None:
+    """Also one that only YAML 1.2, which is what is read, takes for a number."""
+    cfg = parse_config({**SMALL, "run": {"name": name}})
+    (tmp_path / "resolved.yaml").write_text(dump_config(cfg))
+    assert load_config(tmp_path / "resolved.yaml") == cfg
+    assert yaml.safe_load(dump_config(cfg)) == cfg.model_dump(mode="json")
+
+
 def test_a_configuration_of_another_version_is_read_without_what_is_unknown() -> None:
     cfg = parse_config({**SMALL, "model": {**SMALL["model"], "rope_scaling": {"factor": 8.0}}})
     saved = cfg.model_dump(mode="json")

@@ -28,7 +28,9 @@ Yaml12.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 Yaml12.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-Yaml12.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:[0-9]+|[0-9]{1,3}(?:_[0-9]{3})+)$"), list("-+0123456789"))
+Yaml12.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:[0-9]+|[0-9]{1,3}(?:_[0-9]{3})+)$"), list("-+0123456789")
+)
 Yaml12.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -39,6 +41,15 @@ Yaml12.add_implicit_resolver(
 )
 Yaml12.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 Yaml12.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+class Yaml12Dumper(yaml.SafeDumper):
+    """Quotes strings which YAML 1.2 reads as something else; those that YAML 1.1 does, PyYAML quotes itself."""
+
+
+for _first, _resolvers in Yaml12.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _resolvers:
+        Yaml12Dumper.add_implicit_resolver(_tag, _pattern, [_first])
 
 
 def read_chain(path: Path) -> list[tuple[Path, dict[str, Any], dict[Key, int]]]:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from megasparse.config.errors import ConfigError, Problem
-from megasparse.config.files import Key, Yaml12, read_chain
+from megasparse.config.files import Key, Yaml12, Yaml12Dumper, read_chain
 from megasparse.config.messages import schema_keys, translate
 from megasparse.config.rules import find_problems
 from megasparse.config.schema import Config, L1Config
@@ -89,7 +89,7 @@ def load_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> Loaded
 
 def dump_config(cfg: Config) -> str:
     """The resolved configuration as YAML text that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(cfg.model_dump(mode="json"), Dumper=Yaml12Dumper, sort_keys=False)
 
 
 def _build(merged: dict[str, Any], origins: dict[Key, Origin], overrides: Sequence[str]) -> LoadedConfig:
