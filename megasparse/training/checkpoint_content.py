@@ -43,11 +43,20 @@ def check_same_model(cfg: Config, saved: dict[str, Any], path: Path, optimizer: 
         for section, key in keys
         if saved[section].get(key) != own[section][key]
     ]
+    if optimizer and _exempts(own) != _exempts(saved):
+        there, here = (whole["optimizer"]["weight_decay_exclude"] for whole in (saved, own))
+        different.append(f"optimizer.weight_decay_exclude: {there} there, {here} here: one of them exempts nothing")
     if different:
         raise CheckpointError(
             f"{path} is of another run:\n  " + "\n  ".join(different) + "\nGo on with the configuration it was saved "
             "with, or choose another checkpoint.directory."
         )
+
+
+def _exempts(whole: dict[str, Any]) -> bool:
+    """Whether parameters without weight decay have a group of their own in the optimizer's state."""
+    there_are = {"norm", "embedding"} | ({"bias"} if whole["model"]["qkv_bias"] else set())
+    return not there_are.isdisjoint(whole["optimizer"]["weight_decay_exclude"])
 
 
 def changed_settings(

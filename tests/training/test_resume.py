@@ -261,6 +261,8 @@ def test_another_model_or_other_data_are_refused(tmp_path: Path, data_folder: Pa
     result = helper.run(other)
     assert result["exit"] == [1]
     assert "model.ffn_hidden_size: 32 there, 48 here" in result["output"]
+    result = helper.run({**run, "optimizer": {**run["optimizer"], "weight_decay_exclude": ["bias"]}})
+    assert "optimizer.weight_decay_exclude: ['norm', 'bias'] there, ['bias'] here" in result["output"]
     blend = {**run, "data": {**run["data"], "blend": [[0.2, str(data_folder / "a")], [0.8, str(data_folder / "b")]]}}
     result = helper.run(blend)
     assert result["exit"] == [1]
