@@ -19,8 +19,10 @@ from megasparse.training.signals import EXIT_DONE, EXIT_FILE
 WINDOW = 50
 """Training records that the time a step takes is taken from."""
 
-ENDED = ("done", "stopped", "ended")
-"""States of a run that nobody continues by itself: it has no ETA."""
+ENDED = (
+    "done", "stopped", "ended", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT",
+)  # fmt: skip
+"""States of a run that nobody continues by itself, ours and SLURM's: it has no ETA."""
 
 
 class StatusError(ValueError):

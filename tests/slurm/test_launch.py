@@ -160,8 +160,10 @@ def test_status_of_the_last_task_of_an_array(tmp_path: Path, monkeypatch: pytest
     """What SLURM answers, asked for job 77, which is both the last task of an array and the array."""
     write_run(tmp_path / "run")
     squeue = tmp_path / "squeue"
-    squeue.write_text("#!/bin/sh\nprintf '%s\\n' '79|COMPLETED|None|n1' '77|RUNNING|None|n2' '78|RUNNING|None|n3'\n")
-    squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    status = status_of(tmp_path / "run", now=4650.0)
-    assert (status.state, status.nodes) == ("RUNNING", "n2")
+    for state, eta in (("RUNNING", 180.0), ("FAILED", None)):  # who has failed gets nowhere
+        rows = ("79|COMPLETED|None|n1", f"77|{state}|None|n2", "78|RUNNING|None|n3")
+        squeue.write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+        squeue.chmod(0o755)
+        status = status_of(tmp_path / "run", now=4650.0)
+        assert (status.state, status.nodes, status.eta_seconds) == (state, "n2", eta)
