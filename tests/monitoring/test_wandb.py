@@ -156,6 +156,22 @@ def test_without_an_answer_from_the_server_the_run_goes_on_offline(tmp_path: Pat
     assert len(OfflineRun(offline_runs(tmp_path)[0]).history) == 2
 
 
+def test_what_a_run_did_offline_is_there_when_it_comes_online(tmp_path: Path) -> None:
+    """Without a login for six steps, then with one, from the checkpoint of step 4."""
+    run_apart("session(Path(sys.argv[1]), 1, 6, mode='online')", tmp_path)
+    script = (
+        "with WandbServer() as server:\n"
+        "    os.environ.update(server.environment)\n"
+        "    session(Path(sys.argv[1]), 5, 8, attempt=2, mode='online')\n"
+        "    print([(row['_step'], row['progress/step'], row['attempt']) for row in server.history])\n"
+    )
+    result = run_apart(script, tmp_path)
+    steps = [(step, step, 1 if step < 5 else 2) for step in range(1, 9)]
+    assert result.stdout.splitlines()[-1:] == [str(steps)], result.stderr
+    assert "rolled back" not in result.stderr
+    assert offline_runs(tmp_path) == []  # nothing that `wandb sync` would put over it
+
+
 def test_a_server_that_goes_away_does_not_hold_the_end_of_a_run(tmp_path: Path) -> None:
     """What it lacks then is on disk, and the command in the log uploads it."""
     script = (

@@ -6,7 +6,8 @@ The W&B step is the iteration. The run's id lies in `<directory>/wandb.json` and
 after a rollback (a restart from an older checkpoint than the last point logged) the repeated iterations are logged at
 `iteration + offset`, where the offset is the number of iterations done twice, and charts are told to use
 `progress/step`, which is logged with every point, as their x axis. No point is lost; a run that was never rolled back
-has offset 0 and keeps W&B's own axis. A server that is away when the run ends is waited for FINISH_SECONDS.
+has offset 0 and keeps W&B's own axis. Where W&B has nothing of a run that has gone on offline until now, metrics.jsonl
+is replayed, as below. A server that is away when the run ends is waited for FINISH_SECONDS.
 
 **Offline.** W&B cannot continue an offline run: each process writes a directory of its own, and uploading a second
 one of the same id replaces the first (wandb/wandb#3841). So a restart replays metrics.jsonl, cut back to
@@ -65,7 +66,7 @@ class WandbSink:
             directory: of the run; W&B's files go to `directory`/wandb.
             run_id: what the checkpoint says; None: what `directory`/wandb.json says, else a new one.
             resumed_step: iterations already done.
-            history: the records up to `resumed_step`, replayed when the run is offline.
+            history: the records up to `resumed_step`, replayed when the run is offline or W&B does not know it yet.
 
         Where W&B cannot be reached the run goes on offline, with a warning: monitoring does not stop training.
         """
@@ -86,7 +87,7 @@ class WandbSink:
             "id": self.run_id,
             "dir": str(directory),
         }
-        settings = {
+        settings: dict[str, Any] = {
             "silent": True,
             "console": "off",
             "disable_git": True,
@@ -94,13 +95,18 @@ class WandbSink:
             "finish_timeout": FINISH_SECONDS,
             "finish_timeout_raises": True,
         }
-        self._run: Any = None
         # W&B's process of the program that started this one, which may have ended it: this run gets its own.
         os.environ.pop(wandb.env.SERVICE, None)
-        if mode == "online":
-            self._run = self._start_online(arguments, settings, previous, resumed_step)
-        if self._run is None:
-            self._run = self._start_offline(directory, arguments, settings, history)
+        run = self._start_online(arguments, settings, previous, resumed_step) if mode == "online" else None
+        has_past = run is not None and run.starting_step > 0
+        if not has_past:
+            before = sorted((directory / "wandb").glob(f"offline-run-*-{self.run_id}"))
+            _move_away(before, directory / "wandb-superseded")
+        if run is None:
+            run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
+        self._run = run
+        for record in () if has_past else history:
+            self._log(record)
         self._save_state()
 
     def _start_online(
@@ -121,7 +127,7 @@ class WandbSink:
             return None
         finally:
             client.setLevel(level)
-        self._offset = step_offset(previous, run.starting_step, resumed_step)
+        self._offset = step_offset(previous if run.starting_step else {}, run.starting_step, resumed_step)
         if self._offset:
             run.define_metric(STEP_METRIC)
             run.define_metric("*", step_metric=STEP_METRIC)
@@ -132,16 +138,6 @@ class WandbSink:
                 STEP_METRIC,
             )
         logger.info("W&B: %s", run.url)
-        return run
-
-    def _start_offline(
-        self, directory: Path, arguments: dict[str, Any], settings: dict[str, Any], history: Iterable[Record]
-    ) -> Any:
-        _move_away(sorted((directory / "wandb").glob(f"offline-run-*-{self.run_id}")), directory / "wandb-superseded")
-        run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
-        self._run = run
-        for record in history:
-            self._log(record)
         return run
 
     def write(self, record: Record) -> None:
