@@ -86,7 +86,11 @@ def _config(folder: ModelFolder, overrides: Sequence[str]) -> Config:
         },
     }
     cfg = parse_config(base, with_training_data(overrides), source=str(folder.path / "config.json"))
-    problems = []
+    problems = [
+        Problem(key, "a model in Hugging Face format is as its folder says, computed by transformers", "leave it out")
+        for key in (text.partition("=")[0].strip() for text in overrides)
+        if key.startswith(("model.", "sparsity.", "training.fp8")) and key != "model.max_position_embeddings"
+    ]
     if not cfg.data.prefixes:
         fix = "give data.valid=PREFIX, written by `megasparse preprocess` with the model's tokenizer"
         problems.append(Problem("data.valid", "nothing to validate on", fix))

@@ -85,6 +85,11 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ("in", ["data.valid=nowhere"], "no file nowhere.bin"),
         ("in", [f"data.valid={blend}"], "has tokens of a vocabulary of 61"),
         ("in", [f"data.valid={blend}", "parallel.tensor=2"], "whole in every process"),
+        (
+            "in",
+            [f"data.valid={blend}", "model.rotary_base=5e5"],
+            "model.rotary_base: a model in Hugging Face format is",
+        ),
         ("in", [f"data.valid={blend}", "data.sequence_length=512"], "longer than model.max_position_embeddings = 256"),
         ("incomplete", [f"data.valid={blend}"], "a tensor is missing: model.norm.weight"),
     ):
