@@ -191,7 +191,7 @@ class DataConfig(Section):
     train: Blend | None = None
     valid: Blend | None = None
     test: Blend | None = None
-    """Instead of blend + split: one blend for each."""
+    """Instead of blend + split: one blend for each. What is for test is kept out of the run; no command reads it."""
     tokenizer: str | None = None
     """A tokenizer.json or a Hugging Face tokenizer directory."""
     sequence_length: PositiveInt = 2048
