@@ -108,11 +108,12 @@ def _working_folder(output: Path) -> Iterator[Path]:
         raise DataError(f"--output {output}: a folder; give a prefix in it, for example {output / 'data'}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        host = socket.gethostname()
-        for old in output.parent.glob(f".{escape(output.name)}.partial-{host}-*"):
-            if not _alive(int(old.name.rpartition("-")[2])):
+        prefix = f".{output.name}.partial-{socket.gethostname()}-"
+        for old in output.parent.glob(f"{escape(prefix)}*"):
+            process = old.name.removeprefix(prefix)
+            if process.isdigit() and not _alive(int(process)):  # else of a host whose name begins as this one's does
                 shutil.rmtree(old, ignore_errors=True)
-        folder = output.parent / f".{output.name}.partial-{host}-{os.getpid()}"
+        folder = output.parent / f"{prefix}{os.getpid()}"
         folder.mkdir()
     except OSError as error:
         raise DataError(f"--output {output}: cannot write there ({error.strerror})") from None

@@ -229,6 +229,19 @@ def test_failed_overwrite_keeps_the_old_data(tmp_path: Path, tokenizer: TextToke
     assert contents(tmp_path) == before
 
 
+def test_leftovers_of_this_host_alone_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: TextTokenizer
+) -> None:
+    """Whether a process of another host is alive cannot be seen from here."""
+    monkeypatch.setattr("socket.gethostname", lambda: "login")
+    nobody = 2**22 + 1  # above the largest process id
+    for host in ("login", "login-2"):
+        (tmp_path / f".data.partial-{host}-{nobody}").mkdir()
+    source = write_jsonl(tmp_path / "in.jsonl", ["first"])
+    preprocess(PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path))
+    assert [path.name for path in tmp_path.glob(".data.*")] == [f".data.partial-login-2-{nobody}"]
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_interruption_leaves_nothing_half_written(tmp_path: Path, tokenizer: TextTokenizer, how: int) -> None:
     # 40 MB, seconds of work: the signal comes in the middle.
