@@ -98,10 +98,7 @@ def _start(job: Job, gpus: list[str]) -> subprocess.Popen[bytes]:
     job.folder.mkdir(parents=True, exist_ok=True)
     log = job.folder / "console.log"
     print(f"{job.name}: GPU {','.join(gpus)}: {' '.join(job.command)} > {log}", flush=True)
+    # One thread a process unless the user says more, as torchrun does: jobs side by side would fight for the cores.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     with log.open("wb") as stream:
-        return subprocess.Popen(
-            job.command,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)},
-        )
+        return subprocess.Popen(job.command, stdout=stream, stderr=subprocess.STDOUT, env=environment)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import torch
 from tokenizers import Tokenizer
@@ -146,18 +148,24 @@ def test_push_fails_before_the_export(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     with Hub() as hub:
         right, out = {"HF_TOKEN": hub.token}, tmp_path / "out"
-        for source, output, name, token, expected in (
+        cases: list[tuple[Path, Path, str, dict[str, str], str]] = [
             (checkpoint, out, "some/model", {}, "no token for the hub; run `hf auth login`, or set HF_TOKEN"),
             (checkpoint, out, "some/model", {"HF_TOKEN": "hf_wrong"}, "401 Unauthorized"),
             (checkpoint, out, "so me/model", right, "write it as user/model"),
             (tmp_path / "none", out, "some/model", right, "none: not there; give a checkpoint"),
             (without_tokenizer, out, "some/model", right, "tokenizer moved/away: does not load"),
             (checkpoint, tmp_path / "kept", "some/model", right, "kept: exists already"),
-        ):
+        ]
+
+        def push(case: tuple[Path, Path, str, dict[str, str], str]) -> CompletedProcess[str]:
+            source, output, name, token, _ = case
             settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), **token}
-            done = megasparse("convert", "to-hf", source, output, "--push", name, **settings)
-            assert done.returncode == 2
-            assert expected in done.stderr
-            assert len(done.stderr.strip().splitlines()) == 1
-            assert not out.exists()
+            return megasparse("convert", "to-hf", source, output, "--push", name, **settings)
+
+        with ThreadPoolExecutor(2) as pool:  # most of the time is that of imports
+            for (*_, expected), done in zip(cases, pool.map(push, cases), strict=True):
+                assert done.returncode == 2
+                assert expected in done.stderr
+                assert len(done.stderr.strip().splitlines()) == 1
+        assert not out.exists()
         assert hub.created == []
