@@ -164,20 +164,23 @@ class Checkpointer:
             yield
         except StorageError:
             raise
-        except (CheckpointException, OSError, RuntimeError) as error:
-            reason: str | None = str(error)
-            if isinstance(error, CheckpointException):  # rank 0's has the causes of all ranks, the others' have none
-                failures = [f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
-                reason = "; ".join(failures) or "rank 0 says why"
-            elif isinstance(error, RuntimeError):  # torch.save does not say why it could not write, if it was that
-                reason = write_problem(self._root)
-                if reason is None:
-                    raise
-            free = shutil.disk_usage(self._root).free / 2**30
-            raise StorageError(
-                f"a checkpoint cannot be written to {self._root} ({free:.2f} GiB free): {reason}\nThose before it are "
-                "as they were; the same command goes on from the newest."
-            ) from error
+        except CheckpointException as error:  # rank 0's has the causes of all ranks, the others' have none
+            causes = [f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
+            raise self._storage_error("; ".join(causes) or "rank 0 says why") from error
+        except OSError as error:
+            raise self._storage_error(str(error)) from error
+        except RuntimeError as error:  # torch.save does not say why it could not write, if it was that
+            reason = write_problem(self._root)
+            if reason is None:
+                raise
+            raise self._storage_error(reason) from error
+
+    def _storage_error(self, reason: str) -> StorageError:
+        free = shutil.disk_usage(self._root).free / 2**30
+        return StorageError(
+            f"a checkpoint cannot be written to {self._root} ({free:.2f} GiB free): {reason}\nThose before it are "
+            "as they were; the same command goes on from the newest."
+        )
 
     def close(self) -> None:
         self.finish()
