@@ -25,6 +25,7 @@ from types import TracebackType
 log = logging.getLogger("megasparse")
 
 HANG_FILE = "hang.json"
+FOLDER = "heartbeat"
 LIMIT = 0.8
 BEATS = 12
 """In LIMIT of the time of a collective; at most one in ten seconds."""
@@ -77,7 +78,7 @@ class Heartbeat:
             if self._rank == 0:
                 (self._directory / HANG_FILE).unlink(missing_ok=True)
                 # Of a rank that hangs before its first beat, what the attempt before left would blame another node.
-                shutil.rmtree(self._directory / "heartbeat", ignore_errors=True)
+                shutil.rmtree(self._directory / FOLDER, ignore_errors=True)
             self._thread.start()
         return self
 
@@ -112,7 +113,7 @@ class Heartbeat:
         temporary.replace(path)
 
     def _file(self, rank: int) -> Path:
-        return self._directory / "heartbeat" / f"rank_{rank:05d}.json"
+        return self._directory / FOLDER / f"rank_{rank:05d}.json"
 
     def _report(self, now: float, stuck: float) -> None:
         beats, absent = [], []
