@@ -71,11 +71,10 @@ def draw_quality(
     axis: Any, records: Sequence[Record], variants: Sequence[str], reference: str, colours: dict[str, Any]
 ) -> None:
     markers = {"off": "s", "constant": "^", "target": "o"}
+    against = of(records, reference)
     for variant in variants:
         runs = of(records, variant)
-        points = [
-            (layer_mean(record, "union_fraction"), excess_loss(record, of(records, reference))) for record in runs
-        ]
+        points = [(layer_mean(record, "union_fraction"), excess_loss(record, against)) for record in runs]
         style = {"color": colours[variant], "marker": markers[mode_of(runs[0])], "label": variant}
         axis.plot(*zip(*points, strict=True), linewidth=0.8, markersize=8, alpha=0.9, **style)  # None: a gap
     axis.set_xlabel("union of 128 tokens, share of the width, mean over layers")
