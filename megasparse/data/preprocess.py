@@ -161,16 +161,17 @@ def _sample(
     progress: Progress,
     result: PreprocessResult,
 ) -> Iterator[str]:
-    """The first documents of every file, in proportion to its size, until `train_megabytes` are reached."""
+    """Documents from the beginning of every file, as evenly over the files as whole documents allow, until
+    `train_megabytes` are reached. Where files hold one document each, that is some of the files."""
     share = min(1.0, options.train_megabytes * 1e6 / max(1, total))
-    seen = 0
+    seen = taken = 0
     for file in files:
-        read, size = 0, file.stat().st_size
+        size = file.stat().st_size
         for record in read_documents(file, options.text_key, options.per_line):
-            if read > share * size:
+            if taken >= share * (seen + size):
                 break
-            read += record.read_bytes
-            progress("tokenizer", seen + read, total, result)
+            taken += record.read_bytes
+            progress("tokenizer", min(total, int(taken / share)), total, result)
             try:
                 yield record.text(options.text_key)
             except DataError:

@@ -273,6 +273,21 @@ def test_interruption_leaves_nothing_half_written(tmp_path: Path, tokenizer: Tex
         assert list(output.iterdir()) == []
 
 
+@pytest.mark.parametrize(("files", "lines"), [(40, 1), (4, 10), (1, 40)])
+def test_a_tokenizer_is_trained_on_as_much_as_asked_for(tmp_path: Path, files: int, lines: int) -> None:
+    """A quarter of the text, whether a file holds one document or many."""
+    for number in range(files):
+        text = "".join(f"{chr(0x4E00 + number * lines + line)} " * 250 + "\n" for line in range(lines))
+        (tmp_path / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    read: list[int] = []
+    preprocess(
+        PreprocessOptions([str(tmp_path)], tmp_path / "out" / "data", train_vocab_size=400, train_megabytes=0.01,
+                          per_line=True),
+        lambda phase, done, total, _: read.append(round(40 * done / total)) if phase == "tokenizer" else None,
+    )  # fmt: skip
+    assert read == [4 * count for count in range(1, 11)]
+
+
 def test_tokenizer_loads_from_every_form(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     from transformers import AutoTokenizer
 
