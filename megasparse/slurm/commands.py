@@ -26,7 +26,7 @@ def add_launch(commands: Any) -> None:
 
 def add_status(commands: Any) -> None:
     """Adds `status`."""
-    parser = commands.add_parser("status", help="what a run is doing: job, step, loss, tokens/s, time left")
+    parser = commands.add_parser("status", help="what a run is doing: step, loss, pace, last checkpoint, why it ended")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.set_defaults(run=_status)

@@ -14,13 +14,17 @@ from typing import Any
 import yaml
 
 from megasparse.monitoring.record import Record, last_records
+from megasparse.training.checkpoint_files import LATEST, read_latest
+from megasparse.training.heartbeat import HANG_FILE
+from megasparse.training.run_lock import lock_holder
 from megasparse.training.signals import EXIT_DONE, EXIT_FILE
 
 WINDOW = 50
 """Training records that the time a step takes is taken from."""
 
 ENDED = (
-    "done", "stopped", "ended", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT",
+    "done", "stopped", "ended", "not running", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED",
+    "OUT_OF_MEMORY", "TIMEOUT",
 )  # fmt: skip
 """States of a run that nobody continues by itself, ours and SLURM's: it has no ETA."""
 
@@ -31,7 +35,11 @@ class StatusError(ValueError):
 
 @dataclass(frozen=True)
 class Status:
-    """State of a run; None: not known. `eta_seconds` counts from now, at the pace of the last steps."""
+    """State of a run; None: not known. `eta_seconds` counts from now, at the pace of the last steps.
+
+    `last_end` is why the newest attempt that has ended did, `hang` who keeps the run from going on (heartbeat.py),
+    `skipped_steps` those whose gradients were not finite, `checkpoint` the newest complete one.
+    """
 
     run: str
     job: str | None
@@ -39,12 +47,19 @@ class Status:
     reason: str | None
     nodes: str | None
     requeues: int
+    last_end: str | None
+    hang: str | None
     step: int | None
     steps: int | None
     loss: float | None
+    skipped_steps: int | None
     tokens_per_second: float | None
     eta_seconds: float | None
+    seconds_a_step: float | None
     seconds_since_step: float | None
+    checkpoint: str | None
+    seconds_since_checkpoint: float | None
+    log: str | None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -62,15 +77,25 @@ def status_of(run: Path, now: float) -> Status:
     """
     if not (run / "config.yaml").is_file() and not (run / "logs").is_dir():
         raise StatusError(f"{run}: not the directory of a run (no config.yaml, no logs)")
-    job = _newest_job(run)
+    logs = _newest_logs(run)
+    job = logs.name.rsplit("-", 1)[0] if logs else None
     ends = _read_ends(run / "requeues.jsonl")
     config = _read_config(run)
     metrics = Path(config.get("logging", {}).get("directory") or run) / "metrics.jsonl"
     records = last_records(metrics, "train", WINDOW)
     last = records[-1] if records else None
-    state, reason, nodes = _ask_slurm(job) or _from_files(ends) or _from_exit(run, last)
+    process, free = _look_at_lock(run)
+    state, reason, nodes = (
+        _ask_slurm(job)
+        or (("running", process, None) if process else None)
+        or _from_files(ends)
+        or _from_exit(run, last)
+        or ("not running" if free else "not known to SLURM", None, None)
+    )
     steps = config.get("training", {}).get("steps")
     pace = _seconds_a_step(records)
+    checkpoints = Path(config.get("checkpoint", {}).get("directory") or run / "checkpoints")
+    checkpoint = read_latest(checkpoints)
     left = None if last is None or steps is None else max(0, steps - last.step)
     return Status(
         run=str(run),
@@ -79,12 +104,19 @@ def status_of(run: Path, now: float) -> Status:
         reason=reason,
         nodes=nodes,
         requeues=sum(1 for end in ends if end.get("requeued")),
+        last_end=str(ends[-1]["reason"]) if ends else None,
+        hang=_hang(run),
         step=last.step if last else None,
         steps=steps,
         loss=_number(last, "loss/lm"),
+        skipped_steps=int(_number(last, "optim/skipped_steps") or 0) if last else None,
         tokens_per_second=_number(last, "throughput/tokens_per_second"),
         eta_seconds=0.0 if left == 0 else None if left is None or pace is None or state in ENDED else left * pace,
+        seconds_a_step=pace,
         seconds_since_step=now - last.time if last else None,
+        checkpoint=checkpoint,
+        seconds_since_checkpoint=now - (checkpoints / LATEST).stat().st_mtime if checkpoint else None,
+        log=str(logs / "job.log") if logs else None,
     )
 
 
@@ -92,29 +124,59 @@ def print_status(status: Status) -> None:
     """A few lines for people."""
     job = f"job {status.job}: {status.state}" if status.job else status.state
     print(f"{status.run}: {job}" + (f" ({status.reason})" if status.reason else ""))
+    if status.hang:
+        print(f"  HANG      {status.hang}")
     if status.nodes:
         print(f"  nodes     {status.nodes}")
     if status.job:
         print(f"  requeued  {status.requeues} times")
+    if status.last_end and status.last_end != status.reason:
+        print(f"  last end  {status.last_end}")
     if status.step is None:
         print("  no step yet")
-        return
-    print(f"  step      {status.step:,} of {status.steps:,}" if status.steps else f"  step      {status.step:,}")
-    if status.loss is not None:
-        print(f"  loss      {status.loss:.4f}")
+    else:
+        print(f"  step      {status.step:,} of {status.steps:,}" if status.steps else f"  step      {status.step:,}")
+        print("  loss      " + ("not finite" if status.loss is None else f"{status.loss:.4f}"))
+    if status.skipped_steps:
+        print(f"  skipped   {status.skipped_steps:,} steps, whose gradients were not finite")
     if status.tokens_per_second is not None:
         print(f"  tokens/s  {status.tokens_per_second:,.0f}")
     if status.eta_seconds:
-        print(f"  ETA       {datetime.timedelta(seconds=round(status.eta_seconds))}, at the pace of the last steps")
+        print(f"  ETA       {_duration(status.eta_seconds)}, at the pace of the last steps")
     if status.seconds_since_step is not None:
-        print(f"  last step {datetime.timedelta(seconds=round(status.seconds_since_step))} ago")
+        pace = f"; a step takes {status.seconds_a_step:.3g} s" if status.seconds_a_step is not None else ""
+        print(f"  last step {_duration(status.seconds_since_step)} ago{pace}")
+    if status.seconds_since_checkpoint is not None:
+        print(f"  saved     {status.checkpoint}, {_duration(status.seconds_since_checkpoint)} ago")
+    if status.log:
+        print(f"  log       {status.log}")
 
 
-def _newest_job(run: Path) -> str | None:
-    """Log directories are called JOB-ATTEMPT."""
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _newest_logs(run: Path) -> Path | None:
+    """Of the newest attempt: JOB-ATTEMPT."""
     directories = [path for path in (run / "logs").glob("*-*") if path.is_dir()]
-    newest = max(directories, key=lambda path: path.stat().st_mtime, default=None)
-    return None if newest is None else newest.name.rsplit("-", 1)[0]
+    return max(directories, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _look_at_lock(run: Path) -> tuple[str | None, bool]:
+    """The process that trains there; whether there is none for sure."""
+    try:
+        holder = lock_holder(run)
+    except OSError:
+        return None, False
+    return (holder.split(" (run directory")[0] if holder else None), holder is None
+
+
+def _hang(run: Path) -> str | None:
+    """What the ranks wrote when nothing moved any more; gone when something does, or at the next start."""
+    try:
+        return str(json.loads((run / HANG_FILE).read_text())["reason"])
+    except (OSError, ValueError):
+        return None
 
 
 def _ask_slurm(job: str | None) -> tuple[str, str | None, str | None] | None:
@@ -133,11 +195,11 @@ def _ask_slurm(job: str | None) -> tuple[str, str | None, str | None] | None:
     return None
 
 
-def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None]:
+def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None] | None:
     """What a run without SLURM wrote when it ended, unless it has made steps since."""
     file = run / EXIT_FILE
     if not file.is_file() or (last is not None and file.stat().st_mtime < last.time):
-        return "not known to SLURM", None, None
+        return None
     end = json.loads(file.read_text())
     if end.get("code") == EXIT_DONE:
         return "done", None, None

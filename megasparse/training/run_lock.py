@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from megasparse.host import host_name
-from megasparse.training.distributed import on_first_rank
 
 log = logging.getLogger("megasparse")
 
@@ -45,11 +44,28 @@ def run_lock(run_directory: Path, *others: Path, patience: float = PATIENCE) -> 
     Raises:
         RunLockedError, StorageError: on all ranks.
     """
+    # It imports Megatron, which `lock_holder` does not need.
+    from megasparse.training.distributed import on_first_rank
+
     with ExitStack() as held:
         run, *rest = (directory.resolve() for directory in (run_directory, *others))
         for directory in dict.fromkeys((run, *rest)):  # under two names it would wait for itself
             on_first_rank(partial(_lock, directory / FILE, run, patience, held))
         yield
+
+
+def lock_holder(directory: Path) -> str | None:
+    """The process that trains in a directory, as the lock's file calls it; None: there is none.
+
+    Raises:
+        OSError: that cannot be told: no such file, one of another user, no locks on this file system.
+    """
+    with (directory / FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a run that starts just now tries again in a second
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None
 
 
 def _lock(path: Path, run_directory: Path, patience: float, held: ExitStack) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from megasparse.slurm.launch import LAUNCHERS, LaunchFileError, read_job, render, submit
-from megasparse.slurm.status import Status, StatusError, status_of
+from megasparse.slurm.status import Status, StatusError, print_status, status_of
 from megasparse.training.signals import write_exit_file
 from tests.slurm.runs import ROOT
 
@@ -122,8 +123,9 @@ def test_status_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", "")
     assert status_of(tmp_path, now=4650.0) == Status(
         run=str(tmp_path), job="77", state="requeued, not known to SLURM now", reason="SIGUSR1 after step 5",
-        nodes="n1", requeues=1, step=10, steps=100, loss=2.0, tokens_per_second=512.0, eta_seconds=180.0,
-        seconds_since_step=30.0,
+        nodes="n1", requeues=1, last_end="SIGUSR1 after step 5", hang=None, step=10, steps=100, loss=2.0,
+        skipped_steps=0, tokens_per_second=512.0, eta_seconds=180.0, seconds_a_step=2.0, seconds_since_step=30.0,
+        checkpoint=None, seconds_since_checkpoint=None, log=str(tmp_path / "logs" / "77-0" / "job.log"),
     )  # fmt: skip
 
 
@@ -137,6 +139,54 @@ def test_status_of_a_run_that_stopped_without_slurm(tmp_path: Path) -> None:
     os.utime(tmp_path / "exit.json", (1000, 1000))  # of the start before
     status = status_of(tmp_path, now=4650.0)
     assert (status.state, status.reason, status.eta_seconds) == ("not known to SLURM", None, 180.0)
+
+
+def test_status_of_a_run_without_slurm_whose_process_lives_and_then_is_killed(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "requeues.jsonl").unlink()
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(f"process 4711 on n1 (run directory {tmp_path})", file=lock, flush=True)
+        status = status_of(tmp_path, now=4650.0)
+        assert (status.state, status.reason, status.eta_seconds) == ("running", "process 4711 on n1", 180.0)
+    status = status_of(tmp_path, now=4650.0)
+    assert (status.state, status.reason, status.eta_seconds) == ("not running", None, None)
+
+
+def test_status_tells_what_a_look_in_the_night_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it gets on and who keeps it from that, how it ended before, what is saved, where to read on."""
+    write_run(tmp_path)
+    checkpoint = tmp_path / "elsewhere" / "latest"
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("step_00000008\n")
+    os.utime(checkpoint, (4050.0, 4050.0))
+    config = {"training": {"steps": 100}, "checkpoint": {"directory": str(checkpoint.parent)}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "hang.json").write_text(json.dumps({"reason": "rank 3 on n2: no sign of life", "hosts": "n2"}))
+    with (tmp_path / "metrics.jsonl").open("a") as metrics:
+        record = {"step": 11, "time": 4622.0, "split": "train", "loss/lm": None, "optim/skipped_steps": 3}
+        metrics.write(json.dumps(record) + "\n")
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho '77|RUNNING|None|n[1-2]'\n")
+    squeue.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        print_status(status_of(tmp_path, now=4650.0))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}: job 77: RUNNING",
+        "  HANG      rank 3 on n2: no sign of life",
+        "  nodes     n[1-2]",
+        "  requeued  1 times",
+        "  last end  SIGUSR1 after step 5",
+        "  step      11 of 100",
+        "  loss      not finite",
+        "  skipped   3 steps, whose gradients were not finite",
+        "  ETA       0:02:58, at the pace of the last steps",
+        "  last step 0:00:28 ago; a step takes 2 s",
+        "  saved     step_00000008, 0:10:00 ago",
+        f"  log       {tmp_path}/logs/77-0/job.log",
+    ]
 
 
 def test_status_of_no_run(tmp_path: Path) -> None:
