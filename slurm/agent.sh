@@ -9,7 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 logs=$1 run=$2
 shift 2
-trap 'echo SIGUSR1 >"$logs/signalled"; : >"$run/stop"' USR1
+trap 'leave_stop_file SIGUSR1' USR1
 trap ':' TERM # the agent's to answer
 
 # shellcheck disable=SC2329

@@ -32,6 +32,14 @@ attend() {
     return "$code"
 }
 
+# Makes the run save and leave: the loop finds the stop file under any launcher, even where the ranks still start. What
+# a full disk keeps from being written must not end the caller, which waits for the run.
+# shellcheck disable=SC2154
+leave_stop_file() { # SIGNAL
+    echo "$1" >"$logs/signalled" || true
+    : >"$run/stop" || true
+}
+
 # Sources a file that is the site's or the user's, who may rely on unset variables being empty; what fails in it ends the
 # job with a word of where.
 source_foreign() {

@@ -21,7 +21,7 @@ exec 3>&1
 exec > >(trap '' TERM USR1 INT; exec tee -a "$logs/$name.log" >&3) 2>&1
 writer=$!
 exec 3>&-
-trap 'echo SIGUSR1 >"$logs/signalled"; : >"$run/stop"' USR1
+trap 'leave_stop_file SIGUSR1' USR1
 trap ':' TERM
 
 # shellcheck disable=SC2329
@@ -33,8 +33,10 @@ run_rank() {
 code=0
 attend run_rank "$@" || code=$?
 
-printf '%s %s %s %s\n' "$(date +%s.%N)" "$rank" "$code" "${SLURMD_NODENAME:-$(hostname)}" >"$logs/exit/.$name"
-mv "$logs/exit/.$name" "$logs/exit/$name"
+end=$(printf '%s %s %s %s' "$(date +%s.%N)" "$rank" "$code" "${SLURMD_NODENAME:-$(hostname)}")
+if ! { echo "$end" >"$logs/exit/.$name" && mv "$logs/exit/.$name" "$logs/exit/$name"; }; then
+    echo "error: $logs/exit/$name cannot be written"
+fi
 if ((code > 128)); then
     echo "rank $rank on ${SLURMD_NODENAME:-$(hostname)}: ended by signal $((code - 128))"
 elif ((code != 0)); then

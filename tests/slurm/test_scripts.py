@@ -162,14 +162,18 @@ class FakeSlurm:
             (folder / name).chmod(0o755)
         (folder / "site.sh").touch()
 
-    def attempt(self, job: int, attempt: int, **environment: str) -> dict[str, Any]:
-        """Runs the launcher; how it says that the attempt ended."""
-        done = bash(
+    def launch(self, job: int, attempt: int, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs the launcher."""
+        return bash(
             'cd "$1"; MEGASPARSE_ROOT=$root bash "$root/slurm/pretrain.sbatch" config.yaml', str(self.folder),
             PATH=f"{self.folder}:{os.environ['PATH']}", MEGASPARSE_SITE=str(self.folder / "site.sh"),
             SLURM_JOB_ID=str(job), SLURM_RESTART_COUNT=str(attempt), SLURM_JOB_NAME="megasparse",
             SLURM_JOB_NODELIST="n1", SLURM_JOB_NUM_NODES="1", **environment,
         )  # fmt: skip
+
+    def attempt(self, job: int, attempt: int, **environment: str) -> dict[str, Any]:
+        """Runs the launcher; how it says that the attempt ended."""
+        done = self.launch(job, attempt, **environment)
         ends = self.run / "requeues.jsonl"
         assert ends.is_file(), done.stdout + done.stderr
         end = json.loads(ends.read_text().splitlines()[-1])
@@ -190,3 +194,37 @@ def test_a_signal_before_the_first_step_sends_the_job_back_to_the_queue(tmp_path
     slurm = FakeSlurm(tmp_path, srun="kill -USR1 $PPID\nsleep 0.5\nexit 1")
     end = slurm.attempt(1, 0)
     assert (end["requeued"], end["reason"]) == (True, "SIGUSR1 before the first step")
+
+
+@pytest.mark.parametrize(
+    ("full", "content", "code", "said"),
+    [
+        ("requeues.jsonl", {"code": 75, "reason": "SIGTERM", "step": 5}, 75, "requeue 2 of at most 100: SIGTERM after"),
+        ("requeues.jsonl", {"code": 0, "reason": "done", "step": 9}, 0, "done after step 9"),
+        ("crashes", None, 1, "a node or its slurmd is gone; failures cannot be counted in"),
+    ],
+)
+def test_a_full_disk_does_not_end_the_launcher_without_a_word(
+    full: str, content: dict[str, Any] | None, code: int, said: str, tmp_path: Path
+) -> None:
+    """What the run came to counts, saved as it is elsewhere; what follows the job waits for its code."""
+    end = "exit 1" if content is None else f"echo '{json.dumps(content)}' >'a run/exit.json'"
+    slurm = FakeSlurm(tmp_path, srun=end)
+    slurm.run.mkdir()
+    if full == "crashes":  # is read, too, and /dev/full has no end
+        (slurm.run / full).mkdir()
+    else:
+        (slurm.run / full).symlink_to("/dev/full")
+    done = slurm.launch(1, 1, MEGASPARSE_PREFLIGHT="0")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stdout
+
+
+def test_a_full_disk_does_not_change_the_code_of_a_rank(tmp_path: Path) -> None:
+    """A rank that has saved and leaves must not end those that still write (srun --kill-on-bad-exit)."""
+    (tmp_path / "exit").mkdir()
+    (tmp_path / "exit" / ".rank_00000").symlink_to("/dev/full")
+    done = bash('bash "$root/slurm/rank.sh" "$1" "$1" bash -c "echo trained; exit 75"', str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("trained\n")
+    assert "exit/rank_00000 cannot be written" in done.stdout
