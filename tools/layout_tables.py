@@ -3,9 +3,9 @@
 tools/layout_tables.py docs/benchmarks/layouts.json           write them again
 """
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,5 +149,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="layouts.json of tools/compare_layouts.py")
+    place = parser.parse_args().results
     write(json.loads(place.read_text()), place.with_suffix(""))

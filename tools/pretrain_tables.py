@@ -3,9 +3,9 @@
 tools/pretrain_tables.py runs/benchmark_pretrain/results.json           print and draw them again
 """
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,5 +216,7 @@ def stack(
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.json of tools/benchmark_pretrain.py")
+    place = parser.parse_args().results
     write(json.loads(place.read_text()), place.parent)
