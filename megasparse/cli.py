@@ -207,7 +207,7 @@ def _add_preflight(commands: Any) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file")
     _add_overrides(parser)
     parser.add_argument(
-        "--timeout", type=float, default=75.0, metavar="S", help="seconds once rank 0 is there (%(default)s)"
+        "--timeout", type=float, default=300.0, metavar="S", help="seconds once rank 0 is there (%(default)s)"
     )
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks of the run, where fewer check (one a node)")
     parser.add_argument(

@@ -31,10 +31,11 @@ SHARED_STORAGE_SECONDS = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`timeout`: seconds. `world_size`: ranks of the run to check the layout for, None: as many as check now.
+    """`timeout`: seconds; thousands of processes that import PyTorch from shared storage take minutes.
+    `world_size`: ranks of the run to check the layout for, None: as many as check now.
     `min_free`: bytes that every directory must have free, beyond what checkpoints need."""
 
-    timeout: float = 75.0
+    timeout: float = 300.0
     world_size: int | None = None
     min_free: int = 1 << 30
     as_json: bool = False

@@ -151,10 +151,11 @@ class FakeSlurm:
 
     def __init__(self, folder: Path, srun: str) -> None:
         self.folder, self.run = folder, folder / "a run"
+        node = "NodeName=n1 NodeAddr=localhost ReqNodeList=(null)"
         answers = {
             "srun": srun,
             "squeue": "echo RUNNING",
-            "scontrol": '[[ $2 == hostnames ]] && echo n1 || echo "NodeName=n1 NodeAddr=localhost"',
+            "scontrol": f'[[ $2 == hostnames ]] && tr , "\\n" <<<"$3" || echo "{node}"',
             "python": f"printf '%s\\n' '{self.run}' '{self.run}/checkpoints'",
         }
         for name, answer in answers.items():
@@ -168,7 +169,7 @@ class FakeSlurm:
             'cd "$1"; MEGASPARSE_ROOT=$root bash "$root/slurm/pretrain.sbatch" config.yaml', str(self.folder),
             PATH=f"{self.folder}:{os.environ['PATH']}", MEGASPARSE_SITE=str(self.folder / "site.sh"),
             SLURM_JOB_ID=str(job), SLURM_RESTART_COUNT=str(attempt), SLURM_JOB_NAME="megasparse",
-            SLURM_JOB_NODELIST="n1", SLURM_JOB_NUM_NODES="1", **environment,
+            SLURM_JOB_PARTITION="gpu", **{"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", **environment},
         )  # fmt: skip
 
     def attempt(self, job: int, attempt: int, **environment: str) -> dict[str, Any]:
@@ -228,3 +229,23 @@ def test_a_full_disk_does_not_change_the_code_of_a_rank(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("trained\n")
     assert "exit/rank_00000 cannot be written" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("hosts", "requeued", "reason"),
+    [
+        (["n1", "n2"], True, "the check failed on all nodes: what they share may be slow or away"),
+        (["n2"], False, "the check of the nodes failed, see above; no other nodes for n2"),
+        ([], False, "the check of the nodes failed, see above"),
+    ],
+)
+def test_nodes_are_not_to_blame_for_what_all_of_them_lack(
+    hosts: list[str], requeued: bool, reason: str, tmp_path: Path
+) -> None:
+    """A file system that is away for minutes would end the job, or have it avoid all of its healthy nodes."""
+    report = json.dumps({"ok": False, "hosts": hosts, "checks": []}, indent=1)
+    slurm = FakeSlurm(tmp_path, srun=f"echo '{report}' >\"${{@: -1}}\"; exit 1")
+    (tmp_path / "sinfo").write_text("#!/bin/bash\nprintf 'n1\\nn2\\n'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    end = slurm.attempt(1, 0, SLURM_JOB_NODELIST="n1,n2", SLURM_JOB_NUM_NODES="2")
+    assert (end["requeued"], end["reason"]) == (requeued, reason)
