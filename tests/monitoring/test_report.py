@@ -131,6 +131,31 @@ def test_several_runs_are_compared_in_the_same_charts(tmp_path: Path) -> None:
     assert page.cells[difference + 1 : difference + 3] == ["2e-05", "0.0"]
 
 
+def test_runs_of_different_batches_are_compared_over_tokens_too(tmp_path: Path) -> None:
+    """At the same step, one of them has seen twice as much."""
+    small, large = recorded(tmp_path / "a", "small"), recorded(tmp_path / "b", "large")
+    title = "Cross entropy over tokens seen"
+    assert title not in _Page(write_report(small, large).read_text()).figures
+    lines = [json.loads(line) for line in (large / FILE_NAME).read_text().splitlines()]
+    for line in lines:
+        if line["split"] == "train":
+            line["progress/tokens"] *= 2
+    (large / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chart = _Page(write_report(small, large).read_text()).figures[title]
+    assert chart["over"] == "tokens"
+    found = {series["name"]: [point[0] for point in series["p"]] for series in chart["series"]}
+    assert found["small: validation"] == [1000, 2000, 3000, 4000]
+    assert found["large: validation"] == [2000, 4000, 6000, 8000]
+    assert found["large: training"][:2] == [200, 400]
+
+
+def test_skipped_steps_are_told_where_there_are_some(tmp_path: Path) -> None:
+    assert "skipped steps" not in write_report(recorded(tmp_path, "tiny")).read_text()
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write('{"step":41,"time":0,"split":"train","loss/lm":null,"optim/skipped_steps":3}\n')
+    assert '<span class="quiet">skipped steps</span><b>3</b>' in write_report(tmp_path).read_text()
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     path = write_report(recorded(tmp_path / "a", "x"), recorded(tmp_path / "b", "x"))
     assert "x (1)" in path.read_text()

@@ -74,12 +74,14 @@ def line_chart(
     unit: Format = short,
     note: str = "",
     marks: Sequence[int] = (),
+    x_name: str = "step",
 ) -> str:
     """A figure of values over steps, or "" where no series has a finite point.
 
     Args:
         log: logarithmic values where all are positive. zero: the axis starts at 0.
         marks: steps of vertical lines (restarts).
+        x_name: what the points are over, where not steps.
     """
     drawn = [Series(s.name, _thin(s.points), s.colour, s.dots, s.dashed) for s in series]
     drawn = [s for s in drawn if any(math.isfinite(y) for _, y in s.points)]
@@ -105,7 +107,7 @@ def line_chart(
         y = y_of(tick)
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{esc(unit(tick))}</text>')
-    body += _step_axis(min(xs), max(xs), x_of, height - BOTTOM)
+    body += _step_axis(min(xs), max(xs), x_of, height - BOTTOM, x_name)
     for mark in marks:
         if min(xs) <= mark <= max(xs):
             x = x_of(mark)
@@ -122,6 +124,7 @@ def line_chart(
             ]
     data = {
         "kind": "line",
+        "over": x_name,
         "x": [min(xs), max(xs)],
         "series": [
             {"name": s.name, "c": s.colour % 6, "p": [[x, unit(y), round(y_of(y), 1)] for x, y in s.points if y == y]}
@@ -287,14 +290,14 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return _ticks(low, high, 5)
 
 
-def _step_axis(low: float, high: float, x_of: Callable[[float], float], y: float) -> list[str]:
+def _step_axis(low: float, high: float, x_of: Callable[[float], float], y: float, name: str = "step") -> list[str]:
     ticks = [tick for tick in _ticks(low, high, 6) if tick == round(tick)] if high > low else [low]
     axis = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>']
     axis += [
         f'<text class="tick" x="{x_of(tick):.1f}" y="{y + 15:.1f}" text-anchor="middle">{short(tick)}</text>'
         for tick in ticks
     ]
-    axis.append(f'<text class="tick" x="{LEFT + _PLOT / 2}" y="{y + 30:.1f}" text-anchor="middle">step</text>')
+    axis.append(f'<text class="tick" x="{LEFT + _PLOT / 2}" y="{y + 30:.1f}" text-anchor="middle">{esc(name)}</text>')
     return axis
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megasparse.monitoring import environment
 from megasparse.monitoring.record import Record, read_records
 from megasparse.monitoring.sinks.jsonl import FILE_NAME
@@ -70,6 +72,21 @@ class Run:
     @property
     def resumed_steps(self) -> list[int]:
         return [start["step"] for start in self.starts if start.get("step")]
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Of the whole run; 0 where it was not logged."""
+        tokens = self.points("progress/tokens")
+        return tokens[-1][1] / tokens[-1][0] if tokens and tokens[-1][0] else 0.0
+
+    def over_tokens(self, points: Points) -> Points:
+        """Points over steps as points over the tokens seen by then; [] where these were not logged."""
+        seen = self.points("progress/tokens")
+        if not seen:
+            return []
+        steps, tokens = ([0.0, *(point[i] for point in seen)] for i in (0, 1))
+        found = np.interp([step for step, _ in points], steps, tokens)
+        return [(round(x), y) for x, (_, y) in zip(found.tolist(), points, strict=True)]
 
     def points(self, name: str, split: str = "train") -> Points:
         """The metric over steps; [] where it was never logged."""

@@ -69,9 +69,9 @@ for(const f of document.querySelectorAll('figure[data-chart]')){
   if(d.kind==='line'){
    const span=(d.x[1]-d.x[0])||1,at=d.x[0]+(x-L)/P*span;let best=null;
    for(const s of d.series)for(const p of s.p)if(best===null||Math.abs(p[0]-at)<Math.abs(best-at))best=p[0];
-   rows.push('step '+best);
+   rows.push(d.over+' '+best);
    for(const s of d.series){let q=null;for(const p of s.p)if(q===null||Math.abs(p[0]-best)<Math.abs(q[0]-best))q=p;
-    if(q&&Math.abs(q[0]-best)<=span/40)rows.push(s.name+': '+q[1]+(q[0]===best?'':' (step '+q[0]+')'))}
+    if(q&&Math.abs(q[0]-best)<=span/40)rows.push(s.name+': '+q[1]+(q[0]===best?'':' ('+d.over+' '+q[0]+')'))}
    const px=L+(best-d.x[0])/span*P;cross.setAttribute('x1',px);cross.setAttribute('x2',px);
    cross.setAttribute('y1',T);cross.setAttribute('y2',svg.viewBox.baseVal.height-34);cross.style.display='';
   }else{

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     remark = f"perplexity {short(perplexity)}" if perplexity else ""
     add("validation loss", run.last("eval/loss", "valid"), _four, remark)
     add("training loss", run.last("loss/lm"), _four)
+    if skipped := run.last("optim/skipped_steps"):
+        add("skipped steps", skipped, remark="gradients were not finite")
     if l0 := run.mean_over_layers("l0"):
         share = f"{percent(l0[-1][1] / run.ffn_width)} of {run.ffn_width}" if run.ffn_width else ""
         add("mean L0", l0[-1][1], remark=share)
@@ -147,9 +150,14 @@ def _loss(runs: Sequence[Run]) -> str:
         colour, several = (1, False) if len(runs) == 1 else (index, True)
         loss.append(Series(f"{_prefix(run, runs)}validation", valid, colour, dots=True, dashed=several))
     note = "Dashed verticals are restarts." if _marks(runs) else ""
+    by_tokens = []
+    if len({round(run.tokens_a_step) for run in runs}) > 1:  # at the same step they have not seen the same
+        of = [run for run in runs for _ in range(2)]
+        by_tokens = [replace(one, points=run.over_tokens(one.points)) for run, one in zip(of, loss, strict=True)]
     return section(
         "Loss",
         line_chart("Cross entropy, nats per token", loss, log=True, marks=_marks(runs), note=note, unit=_loss_unit),
+        line_chart("Cross entropy over tokens seen", by_tokens, log=True, unit=_loss_unit, x_name="tokens"),
         _lines(
             runs, "L1 term of the loss", "loss/l1", zero=True,
             note="Mean over layers of coefficient x mean over tokens of the sum of |h|",
