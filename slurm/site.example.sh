@@ -9,4 +9,7 @@
 # export MEGASPARSE_INTERFACE=ib0
 # export NCCL_IB_HCA=mlx5 NCCL_DEBUG=WARN
 # export MEGASPARSE_PREFLIGHT=1
+# Compiled kernels of PyTorch and Triton on each node's own disk, where $HOME is slow or full:
+# export TRITON_CACHE_DIR=/tmp/$USER/triton TORCHINDUCTOR_CACHE_DIR=/tmp/$USER/inductor
+# export HF_HUB_OFFLINE=1 # no internet on compute nodes: what asks the hub for a name need not try for a minute
 # srun_arguments=(--mpi=none)
