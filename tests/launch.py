@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import os
 import secrets
@@ -146,6 +147,7 @@ def _forget() -> None:
     num_microbatches_calculator.unset_num_microbatches_calculator()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    gc.collect()  # rings of objects keep groups, whose threads poll for ever
 
 
 def _serve(address: str) -> None:
