@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import os
+import resource
 import secrets
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -32,6 +34,31 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def fork(body: Callable[[], int]) -> int:
+    """A new process that calls `body` and ends with what it returns, or as Python would; its id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        atexit._clear()  # exit handlers of the helper are not this process's
+        try:
+            code = body()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        except BaseException:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # not of logs
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # What Python does at an exit, by hand: this is not the interpreter's own.
+            import multiprocessing.util
+
+            atexit._run_exitfuncs()
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+            os._exit(code)
+    return pid
 
 
 class _Worker:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,19 @@ import yaml
 import megasparse
 from megasparse.preflight.compare import GIB, Gathered, compare, culprits, numbers
 from megasparse.preflight.network import rounds
+from tests.commands import Commands
 from tests.launch import free_port
-from tests.preflight_job import Job, environment
 from tests.training.cases import configuration, write_data, write_tokenizer
 
 
-@pytest.fixture(scope="module")
-def job() -> Iterator[Job]:
-    job = Job()
-    yield job
-    job.close()
+def environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What srun sets for the task on node `rank`, n0 and so on, of a job of one task a node."""
+    return {
+        "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(world), "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(rank), "SLURM_STEP_TASKS_PER_NODE": f"1(x{world})", "SLURMD_NODENAME": f"n{rank}",
+        "SLURM_STEP_NODELIST": f"n[0-{world - 1}]", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "COLUMNS": "200",
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -62,9 +64,9 @@ def failed(folder: Path) -> tuple[dict[str, str], list[str]]:
     return failures, report["hosts"]
 
 
-def test_all_in_order(job: Job, folder: Path) -> None:
+def test_all_in_order(commands: Commands, folder: Path) -> None:
     before = set(os.listdir(folder))
-    results = job.run(ranks(folder, 3))
+    results = commands.job(ranks(folder, 3))
     assert [code for code, _ in results] == [0, 0, 0], results
     assert [text for _, text in results[1:]] == ["", ""], "rank 0 alone speaks"
     assert failed(folder) == ({}, [])
@@ -82,10 +84,10 @@ def test_all_in_order(job: Job, folder: Path) -> None:
     assert set(os.listdir(folder)) - before == {"report.json"}, "nothing else is left behind"
 
 
-def test_another_config_on_one_rank(job: Job, folder: Path) -> None:
+def test_another_config_on_one_rank(commands: Commands, folder: Path) -> None:
     job_ranks = ranks(folder, 3)
     job_ranks[1]["arguments"].append("training.seed=7")
-    results = job.run(job_ranks)
+    results = commands.job(job_ranks)
     assert [code for code, _ in results] == [1, 1, 1]
     assert failed(folder) == (
         {"config": "2 different among 3; rank 1 on n1: training.seed 7, elsewhere 1234"},
@@ -95,24 +97,26 @@ def test_another_config_on_one_rank(job: Job, folder: Path) -> None:
     assert results[0][1].endswith("pre-flight failed; hosts at fault: n1\n")
 
 
-def test_other_data_on_one_node(job: Job, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_other_data_on_one_node(commands: Commands, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Another node's working directory is its own: other data of the same name, and its own checkpoints."""
     other = tmp_path_factory.mktemp("other")
     make_case(other, seed=1)
     job_ranks = ranks(folder)
     job_ranks[1]["cwd"] = str(other)
-    assert job.run(job_ranks)[0][0] == 1
+    assert commands.job(job_ranks)[0][0] == 1
     failures, hosts = failed(folder)
     assert (set(failures), hosts) == ({"data files"}, ["n1"])
     assert re.match(r"2 different among 2; rank 1 on n1: data.bin \d+ \w+, elsewhere \d+ \w+;", failures["data files"])
     (other / "data.idx").unlink()
-    assert job.run(job_ranks)[0][0] == 1
+    assert commands.job(job_ranks)[0][0] == 1
     failures, hosts = failed(folder)
     assert (set(failures), hosts) == ({"data", "data files"}, ["n1"])
     assert failures["data"].startswith("rank 1 on n1: data = 'data': no file data.idx")
 
 
-def test_another_code_version_on_one_node(job: Job, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_another_code_version_on_one_node(
+    commands: Commands, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     copy = tmp_path_factory.mktemp("code")
     root = Path(megasparse.__file__).parent
     shutil.copytree(root, copy / "megasparse", ignore=shutil.ignore_patterns("__pycache__"))
@@ -120,15 +124,15 @@ def test_another_code_version_on_one_node(job: Job, folder: Path, tmp_path_facto
         file.write("# newer\n")
     job_ranks = ranks(folder)
     job_ranks[1]["code"] = str(copy)
-    assert job.run(job_ranks)[0][0] == 1
+    assert commands.job(job_ranks)[0][0] == 1
     failures, hosts = failed(folder)
     assert (set(failures), hosts) == ({"code"}, ["n1"])
     assert re.fullmatch(r"2 different among 2; rank 1 on n1: plan.py \w+, elsewhere \w+", failures["code"])
 
 
-def test_rank_that_never_comes(job: Job, folder: Path) -> None:
+def test_rank_that_never_comes(commands: Commands, folder: Path) -> None:
     started = time.monotonic()
-    results = job.run(ranks(folder, 3, "--timeout", "4")[:2])
+    results = commands.job(ranks(folder, 3, "--timeout", "4")[:2])
     assert time.monotonic() - started < 15
     assert [code for code, _ in results] == [1, 1]
     assert failed(folder) == (
@@ -137,28 +141,28 @@ def test_rank_that_never_comes(job: Job, folder: Path) -> None:
     )
 
 
-def test_first_rank_never_comes(job: Job, folder: Path) -> None:
+def test_first_rank_never_comes(commands: Commands, folder: Path) -> None:
     started = time.monotonic()
-    ((code, text),) = job.run(ranks(folder, 2, "--timeout", "4")[1:])
+    ((code, text),) = commands.job(ranks(folder, 2, "--timeout", "4")[1:])
     assert time.monotonic() - started < 15
     assert code == 1
     assert "rank 1 of 2 (local rank 0 on " in text
     assert "rank 0 does not answer at 127.0.0.1:" in text
 
 
-def test_rank_that_hangs_in_a_dead_file_system(job: Job, folder: Path) -> None:
+def test_rank_that_hangs_in_a_dead_file_system(commands: Commands, folder: Path) -> None:
     """Reading a pipe that nobody writes to hangs, as a dead mount does."""
     os.mkfifo(folder / "pipe.yaml")
     job_ranks = ranks(folder, 2, "--timeout", "5")
     job_ranks[1]["arguments"][1] = "pipe.yaml"
-    results = job.run(job_ranks)
+    results = commands.job(job_ranks)
     assert [code for code, _ in results] == [1, 1]
     assert failed(folder) == ({"answers": "rank 1 on n1: came, then no answer while reading the config"}, ["n1"])
 
 
-def test_disk_that_cannot_hold_a_checkpoint(job: Job, folder: Path) -> None:
+def test_disk_that_cannot_hold_a_checkpoint(commands: Commands, folder: Path) -> None:
     wide = ["model.hidden_size=131072", "model.ffn_hidden_size=1048576", "model.num_layers=512"]
-    assert job.run(ranks(folder, 2, *wide))[0][0] == 1
+    assert commands.job(ranks(folder, 2, *wide))[0][0] == 1
     failures, hosts = failed(folder)
     assert (set(failures), hosts) == ({"checkpoints and run and cache"}, []), "it is the job's own fault"
     free = shutil.disk_usage(folder).free / GIB
@@ -169,18 +173,20 @@ def test_disk_that_cannot_hold_a_checkpoint(job: Job, folder: Path) -> None:
     assert float(found[2]) > parameters * 12 / GIB
 
 
-def test_directory_that_cannot_be_written(job: Job, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_directory_that_cannot_be_written(
+    commands: Commands, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """On one node the cache directory is the proc file system, where nobody can write."""
     job_ranks = ranks(folder, 2, "data.cache_dir=$CACHE")
     job_ranks[0]["env"]["CACHE"] = str(tmp_path_factory.mktemp("cache"))
     job_ranks[1]["env"]["CACHE"] = "/proc/self"
-    assert job.run(job_ranks)[0][0] == 1
+    assert commands.job(job_ranks)[0][0] == 1
     failures, hosts = failed(folder)
     assert (set(failures), hosts) == ({"cache"}, ["n1"])
     assert failures["cache"].startswith("rank 1 on n1: cannot write to /proc/")
 
 
-def test_under_torchrun_agents_keep_the_store(job: Job, folder: Path) -> None:
+def test_under_torchrun_agents_keep_the_store(commands: Commands, folder: Path) -> None:
     """torchrun's agent has a store open at the address that it gives to the ranks."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     job_ranks = ranks(folder)
@@ -190,18 +196,18 @@ def test_under_torchrun_agents_keep_the_store(job: Job, folder: Path) -> None:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-    results = job.run(job_ranks)
+    results = commands.job(job_ranks)
     assert [code for code, _ in results] == [0, 0], results
     assert "2 of 2 on 1 host " in results[0][1]
     assert "links between nodes" not in results[0][1], "they are on one node"
 
 
-def test_alone_and_mistakes_of_the_config(job: Job, folder: Path) -> None:
+def test_alone_and_mistakes_of_the_config(commands: Commands, folder: Path) -> None:
     alone = {"cwd": str(folder), "env": {}, "arguments": ["preflight", "config.yaml", "--json"]}
-    ((code, text),) = job.run([alone])
+    ((code, text),) = commands.job([alone])
     assert code == 0, text
     assert json.loads(text)[0]["found"] == "1 of 1 on 1 host"
-    results = job.run(ranks(folder, 2, "training.stepz=1"))
+    results = commands.job(ranks(folder, 2, "training.stepz=1"))
     assert [code for code, _ in results] == [1, 1]
     failures, hosts = failed(folder)
     assert hosts == []

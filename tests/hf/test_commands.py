@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.hf.cases import VOCABULARY, config_of, contents, megasparse, write_plain
+from tests.commands import Commands
+from tests.hf.cases import VOCABULARY, config_of, contents, write_plain
 from tests.hf.hub import Hub
 from tests.hf.test_from_hf import make_model, weights_of
 from tests.training.cases import write_data
@@ -27,13 +26,13 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 9], "top_p": 0.5}))
 
 
-def test_import_train_export(tmp_path: Path) -> None:
+def test_import_train_export(tmp_path: Path, commands: Commands) -> None:
     source = tmp_path / "in"
     built = make_model("qwen3", source)
     write_tokenizer(source)
     before = contents(source)
 
-    done = megasparse("convert", "from-hf", source, tmp_path / "imported", "--verify", "--verify-tokens", 24)
+    done = commands("convert", "from-hf", source, tmp_path / "imported", "--verify", "--verify-tokens", 24)
     assert done.returncode == 0, done.stderr
     assert "verified: both compute the same" in done.stdout
     assert f"base: {tmp_path}/imported/model.yaml" in done.stdout
@@ -48,20 +47,20 @@ def test_import_train_export(tmp_path: Path) -> None:
         "optimizer: {lr: 1e-3, weight_decay: 0.0}\n"
         "logging: {report: false}\n"
     )
-    done = megasparse("pretrain", config, "checkpoint.load_scope=full")
+    done = commands("pretrain", config, "checkpoint.load_scope=full")
     assert done.returncode != 0
     assert f"set checkpoint.load: {tmp_path}/imported and checkpoint.load_scope: weights" in done.stderr
     assert "Traceback" not in done.stderr
 
-    done = megasparse("pretrain", config)
+    done = commands("pretrain", config)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "changed since" not in done.stderr
-    done = megasparse(
+    done = commands(
         "pretrain", config, "model.rotary_base=50000", f"run.directory={tmp_path}/other", "training.steps=1"
     )
     assert "checkpoint: changed since imported: model.rotary_base: 10000.0 -> 50000.0" in done.stderr
 
-    done = megasparse("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--verify", "--verify-tokens", 24)
+    done = commands("convert", "to-hf", tmp_path / "run", tmp_path / "out", "--verify", "--verify-tokens", 24)
     assert done.returncode == 0, done.stderr
     assert "verified: both compute the same" in done.stdout
     assert "note:" not in done.stdout
@@ -75,7 +74,7 @@ def test_import_train_export(tmp_path: Path) -> None:
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+def test_mistakes_are_one_sentence(tmp_path: Path, commands: Commands) -> None:
     for arguments, expected in (
         (("to-hf", tmp_path / "none", tmp_path / "out"), "none: not there; give a checkpoint"),
         (("from-hf", __file__, tmp_path / "out"), "config.json: not there; give the folder of a Hugging Face model"),
@@ -83,25 +82,25 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         (("to-hf", tmp_path, tmp_path / "out", "--shard-size", "large"), "'large' is not a size"),
         (("to-hf", tmp_path, tmp_path / "out", "--private"), "--private: is of --push alone"),
     ):
-        done = megasparse("convert", *arguments)
+        done = commands("convert", *arguments)
         assert done.returncode == 2
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path, commands: Commands) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "none", "HF_HOME": str(tmp_path / "cache")}
-    done = megasparse("convert", "from-hf", "some/model", tmp_path / "out", **nowhere)
+    done = commands("convert", "from-hf", "some/model", tmp_path / "out", **nowhere)
     assert done.returncode == 2
     assert "some/model: neither a folder here nor a model that could be downloaded" in done.stderr
     assert not (tmp_path / "out").exists()
     (tmp_path / "kept").mkdir()
-    done = megasparse("convert", "from-hf", "some/model", tmp_path / "kept", **nowhere)
+    done = commands("convert", "from-hf", "some/model", tmp_path / "kept", **nowhere)
     assert f"{tmp_path}/kept: exists already" in done.stderr
 
 
-def test_a_model_of_the_hub(tmp_path: Path) -> None:
+def test_a_model_of_the_hub(tmp_path: Path, commands: Commands) -> None:
     """Pickled weights where there are no others, and never those in their authors' own format."""
     make_model("llama-tied", tmp_path / "model")
     torch.save(weights_of(tmp_path / "model"), tmp_path / "model/pytorch_model.bin")
@@ -111,7 +110,7 @@ def test_a_model_of_the_hub(tmp_path: Path) -> None:
     for model in (None, tmp_path / "model"):
         with Hub(model=model) as hub:
             settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
-            done = megasparse("convert", "from-hf", "some/model", tmp_path / "out", **settings)
+            done = commands("convert", "from-hf", "some/model", tmp_path / "out", **settings)
         if model is None:
             assert done.returncode == 2
             assert "Access to some/model is restricted" in done.stderr
@@ -122,26 +121,26 @@ def test_a_model_of_the_hub(tmp_path: Path) -> None:
     assert (tmp_path / "out/manifest.json").exists()
 
 
-def test_push_uploads_the_folder(tmp_path: Path) -> None:
+def test_push_uploads_the_folder(tmp_path: Path, commands: Commands) -> None:
     checkpoint = write_plain(tmp_path / "checkpoint", config_of("llama-tied"))
     with Hub() as hub:
         settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
         arguments = ("convert", "to-hf", checkpoint, tmp_path / "out", "--no-tokenizer", "--push", "some/model")
-        done = megasparse(*arguments, "--private", **settings)
+        done = commands(*arguments, "--private", **settings)
         assert done.returncode == 0, done.stderr
         assert f"{hub.address}/some/model/commit/abc" in done.stdout
         assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
         assert hub.created == [{"name": "model", "organization": "some", "visibility": "private"}]
     with Hub(refuse_commit=True) as hub:
         settings["HF_ENDPOINT"] = hub.address
-        done = megasparse(*arguments, "--overwrite", **settings)
+        done = commands(*arguments, "--overwrite", **settings)
     assert done.returncode == 2
     assert "out is complete, but the upload to some/model failed (403 Forbidden" in done.stderr
     assert f"hf upload some/model {tmp_path}/out" in done.stderr
     assert (tmp_path / "out/config.json").exists()
 
 
-def test_push_fails_before_the_export(tmp_path: Path) -> None:
+def test_push_fails_before_the_export(tmp_path: Path, commands: Commands) -> None:
     raw = config_of("llama-tied")
     checkpoint = write_plain(tmp_path / "checkpoint", raw)
     without_tokenizer = write_plain(tmp_path / "moved", {**raw, "data": {**raw["data"], "tokenizer": "moved/away"}})
@@ -157,15 +156,14 @@ def test_push_fails_before_the_export(tmp_path: Path) -> None:
             (checkpoint, tmp_path / "kept", "some/model", right, "kept: exists already"),
         ]
 
-        def push(case: tuple[Path, Path, str, dict[str, str], str]) -> CompletedProcess[str]:
-            source, output, name, token, _ = case
-            settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), **token}
-            return megasparse("convert", "to-hf", source, output, "--push", name, **settings)
-
-        with ThreadPoolExecutor(2) as pool:  # most of the time is that of imports
-            for (*_, expected), done in zip(cases, pool.map(push, cases), strict=True):
-                assert done.returncode == 2
-                assert expected in done.stderr
-                assert len(done.stderr.strip().splitlines()) == 1
+        place = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache")}
+        pushes = [
+            (("convert", "to-hf", source, output, "--push", name), {**place, **token})
+            for source, output, name, token, _ in cases
+        ]
+        for (*_, expected), done in zip(cases, commands.side_by_side(pushes), strict=True):
+            assert done.returncode == 2
+            assert expected in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1
         assert not out.exists()
         assert hub.created == []

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from megasparse.hf.from_hf import FromHf, convert_from_hf
 from megasparse.hf.hashes import hash_tensors
 from megasparse.hf.to_hf import ToHf, convert_to_hf
-from tests.hf.cases import megasparse
+from tests.commands import Commands
 from tests.hf.test_from_hf import make_model, publish, rewrite
 
 
@@ -34,10 +34,10 @@ def test_both_formats_have_the_same_list(name: str, tmp_path: Path) -> None:
         assert all(expected[key] == value for key, value in found.items())
 
 
-def test_command_prints_the_list_and_notices_one_changed_bit(tmp_path: Path) -> None:
+def test_command_prints_the_list_and_notices_one_changed_bit(tmp_path: Path, commands: Commands) -> None:
     publish(tmp_path / "in", gated=True, layout="by-neuron")
     convert_from_hf(FromHf(tmp_path / "in", tmp_path / "checkpoint"))
-    first, second = (megasparse("convert", "hashes", tmp_path / name) for name in ("in", "checkpoint"))
+    first, second = (commands("convert", "hashes", tmp_path / name) for name in ("in", "checkpoint"))
     assert (first.returncode, first.stdout) == (0, second.stdout)
     assert "  model.layers.3.mlp.down_proj.weight  float32  [32, 48]\n" in first.stdout
     assert first.stdout.splitlines()[-1].endswith("  all 38 tensors")
@@ -46,16 +46,16 @@ def test_command_prints_the_list_and_notices_one_changed_bit(tmp_path: Path) -> 
         tensors["model.norm.weight"].view(torch.int32)[5] ^= 1
 
     rewrite(tmp_path / "in", flip)
-    third = megasparse("convert", "hashes", tmp_path / "in").stdout.splitlines()
+    third = commands("convert", "hashes", tmp_path / "in").stdout.splitlines()
     different = [a for a, b in zip(first.stdout.splitlines(), third, strict=True) if a != b]
     assert [line.split("  ")[1] for line in different] == ["model.norm.weight", "all 38 tensors"]
 
 
-def test_a_missing_key_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_key_is_one_sentence(tmp_path: Path, commands: Commands) -> None:
     make_model("llama-tied", tmp_path / "in")
     rewrite(tmp_path / "in", lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.weight"))
     for arguments in (("hashes", tmp_path / "in"), ("from-hf", tmp_path / "in", tmp_path / "out")):
-        done = megasparse("convert", *arguments)
+        done = commands("convert", *arguments)
         assert done.returncode == 2
         assert "a tensor is missing: model.layers.2.self_attn.k_proj.weight" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1

@@ -6,7 +6,6 @@ of them. SIGKILL and other signals hit real training processes, and a start cost
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
@@ -17,11 +16,11 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests.launch import fork, free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -142,35 +141,10 @@ def _rank(configuration: dict[str, Any], world: int, actions: dict[str, Any], ra
     return code
 
 
-def _fork(body: Callable[[], int]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        atexit._clear()  # exit handlers of the helper are not this process's
-        try:
-            code = body()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        except BaseException:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # not of logs
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # What Python does at an exit, by hand: this is not the interpreter's own.
-            import multiprocessing.util
-
-            atexit._run_exitfuncs()
-            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-            os._exit(code)
-    return pid
-
-
 def _serve() -> None:
     import torch
 
     import megasparse.training.loop  # noqa: F401
-    from tests.launch import free_port
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -178,7 +152,7 @@ def _serve() -> None:
         world = request[1]
         with tempfile.TemporaryDirectory() as folder:
             out, port = Path(folder), free_port()
-            pids = [_fork(partial(_rank, *request, rank=rank, port=port, out=out)) for rank in range(world)]
+            pids = [fork(partial(_rank, *request, rank=rank, port=port, out=out)) for rank in range(world)]
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
             for pid in pids:  # what a killed rank leaves behind (the checkpoint writer's helper) is in its group
                 with contextlib.suppress(ProcessLookupError):

@@ -19,7 +19,8 @@ from megasparse.data.preprocess import PreprocessOptions, preprocess
 from megasparse.hf.errors import ConvertError
 from megasparse.hf.from_hf import FromHf, convert_from_hf
 from megasparse.training.evaluate_hf import evaluate_folder
-from tests.hf.cases import VOCABULARY, megasparse
+from tests.commands import Commands
+from tests.hf.cases import VOCABULARY
 from tests.hf.test_from_hf import make_model, publish, rewrite
 from tests.launch import run_distributed
 from tests.training.cases import write_data
@@ -59,10 +60,10 @@ def test_both_formats_give_the_same(name: str, world: int, tmp_path: Path) -> No
         assert math.log(VOCABULARY) / 2 < of_folder["eval/loss"] == found[0][0]["eval/loss"]
 
 
-def test_command_on_a_model_with_another_activation(tmp_path: Path) -> None:
+def test_command_on_a_model_with_another_activation(tmp_path: Path, commands: Commands) -> None:
     make_model("qwen2", tmp_path / "in", activation="silu")
     blend = write_data(tmp_path / "text", 40, seed=0)
-    done = megasparse("evaluate", tmp_path / "in", f"data.valid={blend}", *SIZE, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    done = commands("evaluate", tmp_path / "in", f"data.valid={blend}", *SIZE, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "in (Qwen2ForCausalLM, silu), 12 samples of 16 tokens" in done.stdout
     assert "no L0: silu has no neurons that are exactly off" in done.stdout
@@ -98,7 +99,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         assert expected in str(caught.value)
 
 
-def test_a_tokenizer_of_the_model_must_be_that_of_the_data(tmp_path: Path) -> None:
+def test_a_tokenizer_of_the_model_must_be_that_of_the_data(tmp_path: Path, commands: Commands) -> None:
     make_model("llama-tied", tmp_path / "in", dtype=torch.bfloat16)
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
     Tokenizer(WordLevel(words, unk_token="w1")).save(str(tmp_path / "in/tokenizer.json"))
@@ -109,7 +110,7 @@ def test_a_tokenizer_of_the_model_must_be_that_of_the_data(tmp_path: Path) -> No
         source = [str(tmp_path / "text.txt")]
         preprocess(PreprocessOptions(inputs=source, output=tmp_path / name, tokenizer=str(tokenizer), workers=1))
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = megasparse("evaluate", tmp_path / "in", f"data.valid={tmp_path / 'right'}", *SIZE, **cache)
+    done = commands("evaluate", tmp_path / "in", f"data.valid={tmp_path / 'right'}", *SIZE, **cache)
     assert done.returncode == 0, done.stderr
     assert "eval/layer_3/l0" in done.stdout
     with pytest.raises(ConfigError, match="made with another tokenizer"):
