@@ -33,6 +33,8 @@ METHODS = [
      ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer", "_set_main_param_and_optimizer_states",
      ("model_param", "tensors")),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer", "sharded_param_state_fully_reshardable",
+     ("model_sharded_state_dict",)),
     ("megatron.core.transformer.transformer_layer", "TransformerLayer", "_forward_mlp", ("padding_mask",)),
     ("megatron.core.transformer.transformer_block", "TransformerBlock", "forward", ("padding_mask",)),
     ("megatron.core.models.gpt", "GPTModel", "forward", ("padding_mask", "labels")),

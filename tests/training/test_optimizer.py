@@ -1,12 +1,15 @@
-"""Which Adam a run takes."""
+"""Which Adam a run takes, and its state in a checkpoint."""
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.launch import run_distributed
 from tests.training.cases import configuration, train_all
@@ -36,3 +39,41 @@ def test_without_a_gpu_an_installed_fused_adam_is_not_taken(tmp_path: Path, data
     )
     [record] = run_distributed(1, "tests.training.test_optimizer:train_with_fused_adam_installed", sections)
     assert record["steps"][5]["loss/lm"] < record["steps"][1]["loss/lm"]
+
+
+def train_then_resume(whole: dict[str, Any], resumed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of a run, and of one that begins with the checkpoint of its second step. There are several buckets, as in
+    large models."""
+    from megasparse.training import optimizer
+
+    config = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = partial(config, bucket_size=600)  # type: ignore[assignment, misc]
+    try:
+        [first] = train_all([whole])
+        if dist.get_rank() == 0:
+            name = "checkpoints/step_00000002"
+            shutil.copytree(Path(whole["run"]["directory"]) / name, Path(resumed["run"]["directory"]) / name)
+        dist.barrier()
+        return [first, *train_all([resumed])]
+    finally:
+        optimizer.DistributedDataParallelConfig = config  # type: ignore[misc]
+
+
+def test_state_of_buckets_that_end_in_padding_is_saved_as_it_is(tmp_path: Path, data_folder: Path) -> None:
+    """Each is padded to a multiple of 128 and of the data-parallel size."""
+    whole, resumed = (
+        configuration(
+            tmp_path / name,
+            str(data_folder / "a"),
+            training={"steps": 6},
+            parallel={"distributed_optimizer": True, "overlap_grad_reduce": True},
+            checkpoint={"interval": 2, "keep_last": 3},
+        )
+        for name in ("whole", "resumed")
+    )
+    records = run_distributed(2, "tests.training.test_optimizer:train_then_resume", whole, resumed)
+    for first, second in records:
+        assert sorted(second["steps"]) == [3, 4, 5, 6]
+        for step in second["steps"]:
+            assert second["steps"][step]["loss/lm"] == first["steps"][step]["loss/lm"]
+        assert second["digest"] == first["digest"]
