@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,8 +24,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+_biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Attention mask -> its version and the type of the queries, what is added to the scores. All layers get the same mask.
+Given that, PyTorch makes a matrix of the queries' type of it, and each layer would keep its own for the backward."""
 
 
 class SDPAttention(MegatronModule):
@@ -90,12 +96,13 @@ class SDPAttention(MegatronModule):
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         if self.cp_size > 1:
             key, value = self._whole_sequence(key), self._whole_sequence(value)
-        allowed = None if attention_mask is None else ~attention_mask
-        if allowed is None and causal and query.size(0) != key.size(0):
-            allowed = self._causal(query.size(0), key.size(0), query.device)
+        bias = None if attention_mask is None else _mask_bias(attention_mask, query.dtype)
+        if bias is None and causal and query.size(0) != key.size(0):
+            rank = 0 if self.cp_group is None else self.cp_group.rank()
+            bias = _causal_bias(query.size(0), key.size(0), rank, self.cp_size, query.device, query.dtype)
         # [s, b, heads, width] -> [b, heads, s, width]
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if allowed is not None and k.size(1) != q.size(1):
+        if bias is not None and k.size(1) != q.size(1):
             # With a mask only the kernel that holds the whole matrix of scores takes grouped heads.
             k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
         dropout = self.dropout if self.training else 0.0
@@ -104,9 +111,9 @@ class SDPAttention(MegatronModule):
                 q,
                 k,
                 v,
-                attn_mask=allowed,
+                attn_mask=bias,
                 dropout_p=dropout,
-                is_causal=causal and allowed is None,
+                is_causal=causal and bias is None,
                 scale=self.scale,
                 enable_gqa=k.size(1) != q.size(1),
             )
@@ -125,13 +132,39 @@ class SDPAttention(MegatronModule):
         chunks = gathered.view(self.cp_size, 2, tensor.size(0) // 2, *tensor.shape[1:])
         return torch.cat((chunks[:, 0], chunks[:, 1].flip(0))).flatten(0, 1)
 
-    def _causal(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """bool [queries, keys], True where the query may look."""
-        if self.cp_group is None:  # the queries are the last ones (generation with cached keys)
-            positions = torch.arange(keys - queries, keys, device=device)
-        else:
-            rank, chunk = self.cp_group.rank(), queries // 2
-            first = torch.arange(rank * chunk, (rank + 1) * chunk, device=device)
-            last = 2 * self.cp_size - 1 - rank
-            positions = torch.cat((first, torch.arange(last * chunk, (last + 1) * chunk, device=device)))
-        return torch.arange(keys, device=device)[None, :] <= positions[:, None]
+
+def _mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_bias` of a mask, remembered while that stays as it is."""
+    if mask.is_inference():  # which has no version: it may have changed
+        return _bias(mask, dtype)
+    state, known = (mask._version, dtype), _biases.get(mask)
+    if known is None or known[0] != state:
+        _biases[mask] = known = state, _bias(mask, dtype)
+    return known[1]
+
+
+@lru_cache(maxsize=1)
+def _causal_bias(queries: int, keys: int, rank: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`_bias` [queries, keys] of causality, remembered for all layers and steps.
+
+    `rank`, `size`: in the context-parallel group. Without one the queries are the last of the sequence (generation with
+    cached keys).
+    """
+    if size == 1:
+        positions = torch.arange(keys - queries, keys, device=device)
+    else:
+        chunk, last = queries // 2, 2 * size - 1 - rank
+        first = torch.arange(rank * chunk, (rank + 1) * chunk, device=device)
+        positions = torch.cat((first, torch.arange(last * chunk, (last + 1) * chunk, device=device)))
+    return _bias(torch.arange(keys, device=device)[None, :] > positions[:, None], dtype)
+
+
+def _bias(forbidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0, or, where `forbidden`, so little that the weight beside any other is exactly 0.
+
+    Not -inf, of which cuDNN's attention may make NaN (PyTorch gives it a finite number for a mask of bools), and not
+    the least number, which the change to exponents of two would make infinite.
+    """
+    with torch.inference_mode(False):  # what is remembered may serve a training step later
+        bias = torch.zeros(forbidden.shape, dtype=dtype, device=forbidden.device)
+        return bias.masked_fill_(forbidden, torch.finfo(dtype).min / 2)

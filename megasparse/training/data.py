@@ -37,10 +37,17 @@ class MicroBatch(NamedTuple):
     loss_mask: torch.Tensor
     """fp32, 1 where the token counts."""
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    """bool [b, 1, s, s], True where attention is forbidden; None: plain causal."""
     padding_mask: torch.Tensor | None
     """bool, True where the token counts in no loss; None: all count."""
+    eod: int | None
+    """The token that ends a document, over which attention does not reach; None: plain causal attention."""
+
+    def attention_mask(self) -> torch.Tensor | None:
+        """bool [b, 1, s, s], True where attention is forbidden; None: plain causal.
+
+        Made when it is used: those of all micro-batches of a step are gigabytes, s^2 bytes a sequence.
+        """
+        return None if self.eod is None else document_mask(self.tokens, self.eod)
 
 
 class MicroBatchSampler:
@@ -158,12 +165,10 @@ def make_micro_batch(cfg: Config, sample: dict[str, torch.Tensor], device: torch
     fields = {
         name: sample[name].to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask", "position_ids")
     }
-    attention_mask = None
-    if cfg.data.reset_attention_mask:
-        attention_mask = document_mask(fields["tokens"], tokenizer_facts(cfg).eod)
     fields = _share_of_sequence(fields)
     padding_mask = fields["loss_mask"] == 0 if cfg.data.eod_mask_loss else None
-    return MicroBatch(**fields, attention_mask=attention_mask, padding_mask=padding_mask)
+    eod = tokenizer_facts(cfg).eod if cfg.data.reset_attention_mask else None
+    return MicroBatch(**fields, padding_mask=padding_mask, eod=eod)
 
 
 def _share_of_sequence(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

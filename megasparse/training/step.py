@@ -86,7 +86,7 @@ def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple
     output = model(
         input_ids=batch.tokens,
         position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
+        attention_mask=batch.attention_mask(),
         labels=batch.labels,
         padding_mask=batch.padding_mask,
     )

@@ -66,6 +66,28 @@ def test_a_document_mask_costs_no_matrix_of_scores(groups: int) -> None:
     assert torch.cuda.max_memory_allocated() - before < heads * tokens**2 * 2 / 3  # a third of the scores in bf16
 
 
+@pytest.mark.parametrize("mask", ["documents", "last queries"])
+def test_layers_keep_one_mask_for_their_backward(mask: str) -> None:
+    queries = 5 if mask == "last queries" else SEQUENCE
+    given = document_mask()[None, None] if mask == "documents" else None
+    attention = SDPAttention(transformer_config(make_config()), 1, AttnMaskType.causal, "self")
+    q, k, v = (torch.randn(n, 2, 4, 8, requires_grad=True) for n in (queries, SEQUENCE, SEQUENCE))
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == (queries, SEQUENCE):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        first, second = attention(q, k, v, given), attention(q, k, v, given)
+    assert len(kept) == 1
+    assert torch.equal(first, second)
+    if given is not None:  # what was made of it is not used when it has changed
+        given.copy_(torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1))
+        torch.testing.assert_close(attention(q, k, v, given), attention(q, k, v, None))
+
+
 def test_refuses_what_it_does_not_do() -> None:
     attention = SDPAttention(transformer_config(make_config()), 1, AttnMaskType.causal, "self")
     q = torch.zeros(4, 1, 4, 8)

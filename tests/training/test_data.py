@@ -90,6 +90,31 @@ def test_document_mask() -> None:
     assert (~mask[1, 0])[5].tolist() == [False, True, True, True, True, True]
 
 
+def test_micro_batches_of_a_step_hold_no_masks(monkeypatch: pytest.MonkeyPatch, data_folder: Path) -> None:
+    """A mask is s^2 bytes a sequence: those of a whole step would be gigabytes."""
+    alone(monkeypatch)
+    length = 64
+    tokens = torch.randint(0, 60, (length,), generator=torch.Generator().manual_seed(0))
+    dataset = [dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), tokens)] * 8
+    sections: dict[str, Any] = {
+        "training": {"global_batch_size": 8},
+        "data": {
+            "sequence_length": length,
+            "reset_attention_mask": True,
+            "tokenizer": str(data_folder / "tokenizer.json"),
+            "num_workers": 0,
+        },
+    }
+    cfg = parse_config(configuration(Path("run"), "data", **sections))
+    batches = StepLoader(cfg, dataset, 0, 8, 1, torch.device("cpu")).next_step()
+    held = {id(value): value.nbytes for batch in batches for value in batch if isinstance(value, torch.Tensor)}
+    assert sum(held.values()) <= 8 * 4 * length * 8
+    for batch in batches:
+        mask = batch.attention_mask()
+        assert mask is not None
+        assert torch.equal(mask, document_mask(tokens[None], END))
+
+
 def logits_of_two_documents(data: dict[str, Any]) -> dict[str, Any]:
     """Logits of a sample of two documents before and after a change of the first; and with the mask off."""
     from megasparse.megatron import build_model
@@ -114,7 +139,7 @@ def logits_of_two_documents(data: dict[str, Any]) -> dict[str, Any]:
             }
             batch = make_micro_batch(cfg, sample, device)
             with torch.no_grad():
-                outputs.append(model(batch.tokens, batch.position_ids, batch.attention_mask))
+                outputs.append(model(batch.tokens, batch.position_ids, batch.attention_mask()))
             tokens[0, :7] = torch.randint(1, 60, (7,), generator=generator)
         results[name] = [bool(torch.equal(outputs[0][:, s], outputs[1][:, s])) for s in (slice(0, 7), slice(8, 16))]
         from megasparse.training.distributed import shut_down
