@@ -9,7 +9,7 @@ from megasparse.mlp import MLPStats
 
 
 class LayerStats:
-    """Sums of one sparse MLP's `MLPStats` since the last `reset`, for this rank's tokens and neurons.
+    """Sums of one sparse MLP's `MLPStats`, for this rank's tokens and neurons. Of a step: the difference that it makes.
 
     Under tensor parallelism each rank holds its own neurons and sees the same tokens: `active`, `l1`, `union` add up
     over the tensor-parallel group, `tokens` and `tiles` are the same on all of it, per-neuron tensors are shards in
@@ -26,11 +26,12 @@ class LayerStats:
         self.l1 = torch.zeros((), dtype=torch.float64, device=device)
         """fp64 []: sum over counted tokens and neurons of |h|."""
         self.tile_counts = torch.zeros(hidden, dtype=torch.int64, device=device)
-        """int64 [H / tp]: 128-token tiles in which the neuron was active: what `LayerRouter` orders neurons by."""
+        """int64 [H / tp]: 128-token tiles in which the neuron was active since the last `forget_tiles`: what
+        `LayerRouter` orders neurons by."""
         self.fired = torch.zeros(hidden, dtype=torch.bool, device=device)
-        """bool [H / tp]: the neuron fired for a counted token in the training step under way, whatever is reset."""
+        """bool [H / tp]: the neuron fired for a counted token in the training step under way."""
         self.steps_since_fired = torch.zeros(hidden, dtype=torch.int32, device=device)
-        """int32 [H / tp]: ended training steps since the neuron last fired; `reset` leaves it alone."""
+        """int32 [H / tp]: ended training steps since the neuron last fired."""
 
     @torch.no_grad()
     def add(self, stats: MLPStats, l1: Tensor, *, training: bool = True) -> None:
@@ -59,7 +60,6 @@ class LayerStats:
         self.steps_since_fired.masked_fill_(neurons, 0)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Zero the sums, for the next interval."""
-        for total in (self.counts, self.l1, self.tile_counts):
-            total.zero_()
+    def forget_tiles(self) -> None:
+        """Start `tile_counts` anew, as how often neurons fire changes over a run."""
+        self.tile_counts.zero_()

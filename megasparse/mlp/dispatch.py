@@ -94,7 +94,7 @@ class LayerRouter:
         Args:
             l0: mean active neurons per token among `hidden` neurons. Same on every rank.
             union_fraction: mean over 128-token tiles of union / hidden. Same on every rank.
-            tile_counts: `MLPStats.tile_counts` of this rank's neurons, summed over the same steps: sets
+            tile_counts: `MLPStats.tile_counts` of this rank's neurons, summed over recent steps: sets
                 `order`. May differ between ranks, as results depend on it by rounding only. Not synchronised.
             tokens: M of one call, on this rank.
         """

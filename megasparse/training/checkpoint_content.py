@@ -18,7 +18,7 @@ from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_files import CheckpointError
 
 RECORDER_SUMS = ("tokens", "active", "l1", "union", "tiles", "tile_counts")
-"""Sums of `LayerStats` since the last log step: routers and metrics go on as if nothing had happened."""
+"""Sums of `LayerStats`: routers and metrics go on as if nothing had happened."""
 
 MODEL_KEYS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "gated",

@@ -205,7 +205,8 @@ def routes_after(cfg: Config, step: int) -> bool:
 
 
 def route(cfg: Config, state: TrainState, counts: LayerCounts) -> None:
-    """Gives each layer's router the statistics of the step, the same on every rank."""
+    """Gives each layer's router the statistics of the step, the same on every rank, and how often this rank's neurons
+    have fired since the last time."""
     tokens = cfg.training.micro_batch_size * cfg.data.sequence_length // cfg.parallel.context
     for mlp in state.mlps:
         mlp.router.update(
@@ -214,6 +215,7 @@ def route(cfg: Config, state: TrainState, counts: LayerCounts) -> None:
             mlp.recorder.tile_counts,
             tokens=tokens,
         )
+        mlp.recorder.forget_tiles()
 
 
 def step_metrics(run: Run, result: StepResult, rate: float, seconds: float, reinitialised: list[int] | None) -> Metrics:
