@@ -190,10 +190,16 @@ class Checkpointer:
 
     def _complete(self, partial_path: Path, step: int) -> None:
         # Every rank reads back what it wrote itself, while it is still in the page cache of its node.
-        own = {file.name: checksum(file) for file in partial_path.glob(f"__{dist.get_rank()}_*.distcp")}
-        gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+        own: dict[str, int] | str
+        try:
+            own = {file.name: checksum(file) for file in partial_path.glob(f"__{dist.get_rank()}_*.distcp")}
+        except OSError as error:  # the other ranks must hear of it: they wait
+            own = f"rank {dist.get_rank()} on {host_name()}: {error}"
+        gathered: list[dict[str, int] | str] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, own)
-        checksums = {name: value for part in gathered for name, value in part.items()}
+        if problems := [part for part in gathered if isinstance(part, str)]:
+            raise self._storage_error("; ".join(problems))
+        checksums = {name: value for part in gathered if isinstance(part, dict) for name, value in part.items()}
         self._on_saved(on_first_rank(partial(self._publish, partial_path, step, checksums)))
 
     def _publish(self, partial_path: Path, step: int, checksums: dict[str, int]) -> Path:

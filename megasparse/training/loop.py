@@ -27,7 +27,14 @@ from megasparse.training.checkpoint_files import CheckpointError
 from megasparse.training.data import DataChangedError, StepLoader, check_probes, data_probes
 from megasparse.training.datasets import Datasets, build_datasets
 from megasparse.training.dead_neurons import forget_inputs, reinit_is_due, reinitialise, watch_inputs
-from megasparse.training.distributed import Launch, initialize, read_environment, say_once_for_each_layer, shut_down
+from megasparse.training.distributed import (
+    Launch,
+    initialize,
+    on_first_rank,
+    read_environment,
+    say_once_for_each_layer,
+    shut_down,
+)
 from megasparse.training.evaluate import run_validation
 from megasparse.training.garbage import GarbageCollection
 from megasparse.training.heartbeat import Heartbeat
@@ -382,7 +389,7 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
     """
     section = cfg.checkpoint
     root = cfg.checkpoint_directory
-    found = checkpoint_files.list_checkpoints(root)
+    found = on_first_rank(lambda: checkpoint_files.list_checkpoints(root))
     if section.resume == "never" and found:
         raise ConfigError(
             [
