@@ -82,7 +82,7 @@ class Run:
 
 
 def train(run: Run) -> StopReason:
-    """Runs the steps that are left. Returns why it ended early, or NONE.
+    """Runs the steps that are left. Returns why it ended early, or NONE where none is left.
 
     Raises:
         NotFiniteError: on all ranks, after too many steps without an update.
@@ -109,8 +109,9 @@ def train(run: Run) -> StopReason:
                 save(run)
             run.checkpointer.poll()
             garbage.after_step(state.step, paused=evaluates or saves)
-    if reason != StopReason.NONE:
-        state.exit_reason = f"{reason.name} after step {state.step}"
+    if reason == StopReason.NONE or state.step >= cfg.training.steps:
+        return StopReason.NONE
+    state.exit_reason = f"{reason.name} after step {state.step}"
     return reason
 
 

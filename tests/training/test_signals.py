@@ -156,6 +156,16 @@ def test_stop_file_stops_and_is_removed(tmp_path: Path, data_folder: Path, helpe
     assert not (tmp_path / "run" / "stop").exists()
 
 
+def test_a_run_that_is_told_to_stop_in_its_last_step_is_done(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    """Requeued, it would wait for its nodes and load its checkpoint for nothing."""
+    result = helper.run(case(tmp_path, data_folder), stop_file_at=7)
+    assert result["exit"] == [0], result["output"]
+    left = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert left == {"code": 0, "requeue": False, "reason": "done", "step": 8}
+    assert read_latest(tmp_path / "run" / "checkpoints") == "step_00000008"
+    assert not (tmp_path / "run" / "stop").exists()
+
+
 def test_a_file_system_that_answers_with_an_error_stops_nothing() -> None:
     assert StopWatcher(run_directory=Path("n" * 300)).local_reason() == StopReason.NONE
 
