@@ -23,6 +23,7 @@ from megasparse.training.datasets import build_datasets, validation_samples
 from megasparse.training.distributed import initialize, read_environment, shut_down
 from megasparse.training.layer_stats import LayerCounter
 from megasparse.training.optimizer import gather_parameters
+from megasparse.training.signals import StopReason
 from megasparse.training.step import read_reduction, run_schedule, start_reduction
 
 log = logging.getLogger("megasparse")
@@ -35,35 +36,41 @@ def run_validation(
     dataset: Any,
     device: torch.device,
     before_batch: Callable[[], None] = lambda: None,
-) -> Metrics:
+    stop: Callable[[], StopReason] = lambda: StopReason.NONE,
+) -> tuple[Metrics, StopReason]:
     """Loss over the first `eval_steps` global batches of `dataset`. Collective; changes nothing of the training.
 
     Args:
         before_batch: called before each of them.
+        stop: why this rank wants to stop, asked after each of them.
 
     Returns:
         `eval/loss` (nats per counted token), `eval/ppl`, `eval/layer_{i}/l0` and `eval/l0` (mean over layers), the
-        same on every rank.
+        same on every rank. Where a rank wanted to stop before the end, none of them, and why.
     """
     loader = StepLoader(cfg, dataset, 0, validation_samples(cfg), dist.get_world_size(), device)
     counter = LayerCounter(mlps, cfg.model.num_layers, cfg.model.ffn_hidden_size)
-    total, tokens = 0.0, 0
+    total, tokens, reason = 0.0, 0, StopReason.NONE
     with _evaluating(model, mlps, device), torch.no_grad():
         counter.begin()
         for _ in range(cfg.training.eval_steps):
             before_batch()
             reports = run_schedule(cfg, model, loader.next_step(), forward_only=True)
-            losses = read_reduction(start_reduction(reports, device))
-            total, tokens = total + losses.total, tokens + losses.tokens
+            losses = read_reduction(start_reduction(reports, device, stop()))
+            total, tokens, reason = total + losses.total, tokens + losses.tokens, losses.stop
+            if reason != StopReason.NONE:
+                break
         counter.end()
         counts = counter.take()
     loader.close()
+    if reason != StopReason.NONE:
+        return {}, reason
     mean = total / tokens if tokens else math.nan
     metrics: Metrics = {"eval/loss": mean, "eval/ppl": math.exp(mean) if mean < 700 else math.inf}
     if counts is not None:
         metrics["eval/l0"] = sum(counts.l0) / len(counts.l0)
         metrics.update({f"eval/layer_{layer}/l0": value for layer, value in enumerate(counts.l0)})
-    return metrics
+    return metrics, reason
 
 
 @contextmanager
@@ -117,7 +124,7 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
         step = Checkpointer(cfg).load_weights(path, model, None)
         for chunk in model:
             chunk.to(device)
-        metrics = run_validation(cfg, model, list(iter_sparse_mlps(model)), datasets.valid, device)
+        metrics, _ = run_validation(cfg, model, list(iter_sparse_mlps(model)), datasets.valid, device)
         print_metrics(f"{path} (step {step})", cfg, metrics)
     finally:
         shut_down()

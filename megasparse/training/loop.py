@@ -98,12 +98,12 @@ def train(run: Run) -> StopReason:
             run.callbacks.on_step_end(state, metrics)
             reason = result.stop
             last = state.step == cfg.training.steps
-            end = last or reason != StopReason.NONE
             evaluates = is_due(cfg.training.eval_interval, state.step, last) and reason == StopReason.NONE
+            if evaluates:
+                reason = validate(run)
+            end = last or reason != StopReason.NONE
             # While steps are skipped the weights may be what is broken: they must not push out checkpoints from before.
             saves = is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0)
-            if evaluates:
-                validate(run)
             if saves:
                 run.heartbeat.at(state.step, "checkpoint")
                 save(run)
@@ -250,13 +250,18 @@ def step_metrics(run: Run, result: StepResult, rate: float, seconds: float, rein
     return metrics
 
 
-def validate(run: Run) -> None:
-    """Validation, where there are data for it."""
-    if run.datasets.valid is not None:
-        cfg, state = run.cfg, run.state
-        alive = partial(run.heartbeat.at, state.step, "validation")
-        metrics = run_validation(cfg, state.model, state.mlps, run.datasets.valid, run.device, before_batch=alive)
+def validate(run: Run) -> StopReason:
+    """Validation, where there are data for it. Returns why it ended early, without a result, or NONE."""
+    if run.datasets.valid is None:
+        return StopReason.NONE
+    cfg, state = run.cfg, run.state
+    alive = partial(run.heartbeat.at, state.step, "validation")
+    metrics, reason = run_validation(
+        cfg, state.model, state.mlps, run.datasets.valid, run.device, before_batch=alive, stop=run.stop.local_reason
+    )
+    if reason == StopReason.NONE:
         run.callbacks.on_eval(state, metrics)
+    return reason
 
 
 def save(run: Run) -> None:

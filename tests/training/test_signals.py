@@ -12,6 +12,7 @@ import sys
 import termios
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -20,7 +21,8 @@ from megasparse.monitoring.record import read_records
 from megasparse.training import signals
 from megasparse.training.checkpoint_files import find_checkpoints, read_latest
 from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE, StopReason, StopWatcher
-from tests.training.cases import configuration
+from tests.launch import run_distributed
+from tests.training.cases import configuration, train_all
 from tests.training.forked import ROOT, Helper
 
 
@@ -164,6 +166,41 @@ def test_a_run_that_is_told_to_stop_in_its_last_step_is_done(tmp_path: Path, dat
     assert left == {"code": 0, "requeue": False, "reason": "done", "step": 8}
     assert read_latest(tmp_path / "run" / "checkpoints") == "step_00000008"
     assert not (tmp_path / "run" / "stop").exists()
+
+
+def train_and_stop_in_validation(data: dict[str, Any], stop_file: str | None) -> dict[str, Any]:
+    """The record of a run which, while its second batch is validated, finds a stop file."""
+    from megasparse.training.heartbeat import Heartbeat
+
+    batches = 0
+
+    def at(self: Heartbeat, step: int, where: str) -> None:
+        nonlocal batches
+        batches += where == "validation"
+        if batches == 2 and stop_file is not None:
+            Path(stop_file).touch()
+        original(self, step, where)
+
+    original = Heartbeat.at
+    with mock.patch.object(Heartbeat, "at", at):
+        [record] = train_all([data])
+    return {**record, "validated": batches}
+
+
+def test_a_long_validation_does_not_outlast_the_time_that_is_left(tmp_path: Path, data_folder: Path) -> None:
+    """It ends after a batch, without a result, and the step before it is saved."""
+    run = case(tmp_path, data_folder, interval=8)
+    run["training"] |= {"eval_interval": 3, "eval_steps": 4}
+    target = "tests.training.test_signals:train_and_stop_in_validation"
+    stopped = run_distributed(2, target, run, str(tmp_path / "run" / "stop"))
+    for record in stopped:
+        assert (record["code"], record["evaluations"]) == (EXIT_REQUEUE, {})
+        assert max(record["steps"]) == 3
+        assert 2 <= record["validated"] <= 3
+    assert stopped[0]["saved"] == ["step_00000003"]
+    for record in run_distributed(2, target, run, None):
+        assert record["code"] == 0
+        assert list(record["evaluations"]) == [6, 8]
 
 
 def test_a_file_system_that_answers_with_an_error_stops_nothing() -> None:
