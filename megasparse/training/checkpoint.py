@@ -62,7 +62,7 @@ from megasparse.training.checkpoint_files import (
     write_problem,
 )
 from megasparse.training.dead_neurons import share_idle_steps
-from megasparse.training.distributed import StorageError, on_first_rank
+from megasparse.training.distributed import StorageError, on_every_rank, on_first_rank
 from megasparse.training.optimizer import apply_adam_settings, gather_parameters
 from megasparse.training.signals import signals_wait
 
@@ -189,17 +189,15 @@ class Checkpointer:
             self._queue.close()
 
     def _complete(self, partial_path: Path, step: int) -> None:
+        def own() -> dict[str, int]:
+            return {file.name: checksum(file) for file in partial_path.glob(f"__{dist.get_rank()}_*.distcp")}
+
         # Every rank reads back what it wrote itself, while it is still in the page cache of its node.
-        own: dict[str, int] | str
         try:
-            own = {file.name: checksum(file) for file in partial_path.glob(f"__{dist.get_rank()}_*.distcp")}
-        except OSError as error:  # the other ranks must hear of it: they wait
-            own = f"rank {dist.get_rank()} on {host_name()}: {error}"
-        gathered: list[dict[str, int] | str] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own)
-        if problems := [part for part in gathered if isinstance(part, str)]:
-            raise self._storage_error("; ".join(problems))
-        checksums = {name: value for part in gathered if isinstance(part, dict) for name, value in part.items()}
+            gathered = on_every_rank(own)
+        except StorageError as error:
+            raise self._storage_error(str(error)) from error
+        checksums = {name: value for part in gathered for name, value in part.items()}
         self._on_saved(on_first_rank(partial(self._publish, partial_path, step, checksums)))
 
     def _publish(self, partial_path: Path, step: int, checksums: dict[str, int]) -> Path:

@@ -154,19 +154,43 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
     Raises:
         StorageError: in place of an OSError.
     """
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = action()
-        except OSError as error:
-            where = f"rank 0 on {host_name()}" + (f": {error.filename}" if error.filename else "")
-            answer[1] = StorageError(f"{where}: {error.strerror or error}")
-        except Exception as error:  # whatever it is: the other ranks wait
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+    answers: list[Any] = [_attempt(action) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answers, src=0)
+    return _results(answers)[0]
+
+
+def on_every_rank(action: Callable[[], Result]) -> list[Result]:
+    """Runs `action` on every rank and gives all results, in the ranks' order, to all ranks. Collective.
+
+    Raises:
+        Exception: of the first rank where `action` raised one, on all ranks; StorageError in place of an OSError.
+    """
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, _attempt(action))
+    return _results(answers)
+
+
+def _attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """What `action` gives, or raises: whatever it is, the other ranks wait."""
+    try:
+        return action(), None
+    except OSError as error:
+        where = f"{this_rank()}: {error.filename}" if error.filename else this_rank()
+        return None, StorageError(f"{where}: {error.strerror or error}")
+    except Exception as error:
+        return None, error
+
+
+def _results(answers: list[tuple[Result, Exception | None]]) -> list[Result]:
+    for _, error in answers:
+        if error is not None:
+            raise error
+    return [result for result, _ in answers]
+
+
+def this_rank() -> str:
+    """For messages."""
+    return f"rank {dist.get_rank()} on {host_name()}"
 
 
 def shut_down() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,10 +31,12 @@ from megasparse.training.dead_neurons import forget_inputs, reinit_is_due, reini
 from megasparse.training.distributed import (
     Launch,
     initialize,
+    on_every_rank,
     on_first_rank,
     read_environment,
     say_once_for_each_layer,
     shut_down,
+    this_rank,
 )
 from megasparse.training.evaluate import run_validation
 from megasparse.training.garbage import GarbageCollection
@@ -422,7 +425,7 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
             log.info("checkpoint: %s loaded from %s", section.load_scope, path)
     if extra is not None:
         try:
-            check_probes(datasets.train, [(int(position), text) for position, text in extra["data"]])
+            on_every_rank(partial(check_data, datasets.train, extra))  # each has read indices of its own node
         except DataChangedError as error:
             if not cfg.data.allow_change:
                 raise
@@ -430,6 +433,14 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
                 log.warning("data.allow_change: going on although %s", error)
     if state.resumed_from is not None and state.is_writer:
         log.info("checkpoint: resumed from %s (step %d)", state.resumed_from, state.step)
+
+
+def check_data(dataset: Any, extra: dict[str, Any]) -> None:
+    """Compares a checkpoint's data with what this rank reads. Raises DataChangedError, which names the rank."""
+    try:
+        check_probes(dataset, [(int(position), text) for position, text in extra["data"]])
+    except DataChangedError as error:
+        raise DataChangedError(f"{this_rank()}: {error}") from None
 
 
 def check_samples(cfg: Config, state: TrainState) -> None:

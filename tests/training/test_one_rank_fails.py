@@ -40,3 +40,14 @@ def test_a_rank_sees_no_checkpoints(tmp_path: Path, data_folder: Path) -> None:
     for reason in run_distributed(2, target, data, f"{function}.list_checkpoints", {"return_value": []}):
         assert reason.startswith("ConfigError")
         assert "the newest of step 1" in reason
+
+
+def test_a_rank_reads_other_data_than_before(tmp_path: Path, data_folder: Path) -> None:
+    """As with an index that was left on the disk of its node."""
+    data = configuration(tmp_path / "run", str(data_folder / "a"), training={"steps": 6}, checkpoint={"interval": 6})
+    run_distributed(2, "tests.training.cases:train_all", [data])
+    data["training"]["steps"] = 8
+    target, function = "tests.training.test_one_rank_fails:train", "megasparse.training.data._hash"
+    for reason in run_distributed(2, target, data, function, {"return_value": "that of another sample"}):
+        assert reason.startswith("DataChangedError: rank 1 on ")
+        assert "sample 0, which the run has already seen, is not what it was" in reason
