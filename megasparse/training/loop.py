@@ -436,11 +436,13 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
 
 
 def check_data(dataset: Any, extra: dict[str, Any]) -> None:
-    """Compares a checkpoint's data with what this rank reads. Raises DataChangedError, which names the rank."""
+    """Compares a checkpoint's data with what this rank reads. Raises DataChangedError."""
     try:
         check_probes(dataset, [(int(position), text) for position, text in extra["data"]])
     except DataChangedError as error:
-        raise DataChangedError(f"{this_rank()}: {error}") from None
+        if dist.get_rank() == 0:
+            raise
+        raise DataChangedError(f"{this_rank()}: {error}") from None  # told where ranks before it read the right data
 
 
 def check_samples(cfg: Config, state: TrainState) -> None:
