@@ -36,6 +36,8 @@ class TextTokenizer:
         if self._fast:
             backend.encode_special_tokens = True
             digest = hashlib.sha256(backend.to_str().encode())
+            backend.no_truncation()  # a tokenizer.json may bring both along, for models of another kind
+            backend.no_padding()
         else:
             digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode())
         self.fingerprint: str = digest.hexdigest()[:16]

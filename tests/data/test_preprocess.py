@@ -311,6 +311,19 @@ def test_tokenizer_loads_from_every_form(tmp_path: Path, tokenizer: TextTokenize
     assert load_tokenizer(str(old)).encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
 
 
+def test_documents_stay_whole_whatever_the_tokenizer_is_set_to(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """Tokenizers of sentence encoders say in their tokenizer.json that texts are to be cut and padded."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(f"{tokenizer.path}/tokenizer.json")
+    backend.enable_truncation(16)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    preprocess(PreprocessOptions([str(source)], tmp_path / "d", tokenizer=str(tmp_path / "tokenizer.json")))
+    assert [tokenizer.decode(document[:-1]) for document in read_back(tmp_path / "d")] == TEXTS
+
+
 def test_tokenizer_mistakes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):
