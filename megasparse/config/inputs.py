@@ -89,7 +89,8 @@ def _damaged_data(cfg: Config) -> Iterator[Problem]:
             yield Problem("data", rule, "copy it again, or write it anew with `megasparse preprocess`", prefix)
 
 
-def _description(prefix: str) -> dict[str, Any]:
+def describe_data(prefix: str) -> dict[str, Any]:
+    """What `megasparse preprocess` wrote beside a data set; nothing for those of other tools."""
     try:
         data = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -98,7 +99,7 @@ def _description(prefix: str) -> dict[str, Any]:
 
 
 def _foreign_tokens(cfg: Config) -> Iterator[Problem]:
-    described = {prefix: _description(prefix) for prefix in cfg.data.prefixes}
+    described = {prefix: describe_data(prefix) for prefix in cfg.data.prefixes}
     for prefix, description in described.items():
         size = description.get("vocab_size")
         if isinstance(size, int) and cfg.model.vocab_size is not None and size > cfg.model.vocab_size:

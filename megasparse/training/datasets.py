@@ -26,6 +26,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megasparse.config import Config, ConfigError, Problem, dump_config, load_config
+from megasparse.config.inputs import describe_data
 from megasparse.training.distributed import on_first_rank
 
 NO_PAD, NO_EOD = -1, -2
@@ -57,13 +58,22 @@ class Datasets(NamedTuple):
 def tokenizer_facts(cfg: Config) -> TokenizerFacts:
     """Vocabulary size and end-of-document id; the id only where masks depend on it.
 
+    The id is the one that `megasparse preprocess` ended documents with, for data of other tools the tokenizer's own.
+
     Raises:
-        ConfigError: the id is needed and `data.tokenizer` is missing or not usable.
+        ConfigError: the id is needed, and neither the data nor `data.tokenizer` says it.
     """
     data = cfg.data
     if not (data.reset_attention_mask or data.eod_mask_loss):
         return TokenizerFacts(cfg.vocab_size, NO_EOD)
     problem = "reset_attention_mask and eod_mask_loss need to know the end-of-document token"
+    written = _written_ends(cfg)
+    if len(written) == 1:
+        return TokenizerFacts(cfg.vocab_size, written.pop())
+    if written:
+        problem += f", and the data sets end their documents with different ones ({sorted(written)})"
+        fix = "tokenise them again with the same --eod"
+        raise ConfigError([Problem("data", problem, fix, ", ".join(data.prefixes))])
     if data.tokenizer is not None:
         from megasparse.data.errors import DataError
         from megasparse.data.tokenizer import load_tokenizer
@@ -75,6 +85,20 @@ def tokenizer_facts(cfg: Config) -> TokenizerFacts:
     raise ConfigError(
         [Problem("data.tokenizer", problem, "set it to the tokenizer that the data was written with", data.tokenizer)]
     )
+
+
+def _written_ends(cfg: Config) -> set[int]:
+    """Ids that end the documents of the run's data, as far as it says so. They need not be the tokenizer's own end.
+
+    Raises:
+        ConfigError: a data set has none.
+    """
+    ends = {prefix: found["eod"] for prefix in cfg.data.prefixes if "eod" in (found := describe_data(prefix))}
+    for prefix, end in ends.items():
+        if end is None:
+            rule = "reset_attention_mask and eod_mask_loss need ends of documents, and it was written without them"
+            raise ConfigError([Problem("data", rule, "tokenise it again without --no-eod, or leave them out", prefix)])
+    return set(ends.values())
 
 
 def validation_samples(cfg: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megasparse.config import ConfigError, parse_config
 from megasparse.megatron.spec import have_transformer_engine
 from megasparse.training import datasets
 from megasparse.training.data import MicroBatchSampler, StepLoader, document_mask
-from megasparse.training.datasets import check_splits
+from megasparse.training.datasets import TokenizerFacts, check_splits, tokenizer_facts
 from tests.launch import run_distributed
 from tests.training.cases import END, configuration
 
@@ -174,6 +175,28 @@ def test_a_document_does_not_see_the_one_before_it(
     data["model"] |= {"implementation": implementation, "hidden_size": 64}
     result = run_distributed(1, "tests.training.test_data:logits_of_two_documents", data)[0]
     assert result == {"masked": [False, True], "unmasked": [False, False]}
+
+
+def test_documents_end_where_the_data_says(tmp_path: Path, data_folder: Path) -> None:
+    """The token of `preprocess --eod`, not the one that the tokenizer calls its end."""
+
+    def facts(*ends: int | None) -> TokenizerFacts:
+        for index, end in enumerate(ends):
+            (tmp_path / f"{index}.json").write_text(json.dumps({"eod": end}))
+        data = {
+            "blend": [str(tmp_path / str(index)) for index in range(len(ends) or 1)],
+            "tokenizer": str(data_folder / "tokenizer.json"),
+            "reset_attention_mask": True,
+        }
+        tokenizer_facts.cache_clear()
+        return tokenizer_facts(parse_config(configuration(tmp_path / "run", "", data=data)))
+
+    assert facts().eod == END  # data of other tools
+    assert facts(7, 7).eod == 7
+    with pytest.raises(ConfigError, match=r"(?s)end their documents with different ones \(\[7, 8\]\).*same --eod"):
+        facts(7, 8)
+    with pytest.raises(ConfigError, match=r"(?s)it was written without them.*without --no-eod"):
+        facts(7, None)
 
 
 def sample_sources(data: dict[str, Any]) -> dict[str, Any]:
