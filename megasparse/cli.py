@@ -243,7 +243,6 @@ def _preprocess(args: argparse.Namespace) -> int:
         skip_damaged=args.skip_damaged,
         overwrite=args.overwrite,
     )
-    _quiet_megatron()
     with show_progress() as progress:
         result = preprocess(options, progress)
     print(

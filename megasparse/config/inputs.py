@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.config.errors import ConfigError, Problem
-from megasparse.config.index_file import damage
 from megasparse.config.schema import Config
+from megasparse.data.index_file import damage
 
 
 def check_files(cfg: Config) -> None:

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +27,7 @@ import numpy as np
 
 from megasparse.data.documents import DEFAULT_INCLUDE, Record, find_files, read_documents
 from megasparse.data.errors import DataError
+from megasparse.data.index_file import DatasetWriter
 from megasparse.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 _CHUNK_BYTES = 1 << 20
@@ -119,6 +119,9 @@ def _working_folder(output: Path) -> Iterator[Path]:
         raise DataError(f"--output {output}: cannot write there ({error.strerror})") from None
     try:
         yield folder
+    except OSError as error:  # what reading raises is a DataError already
+        reason = error.strerror or error
+        raise DataError(f"--output {output}: writing failed ({reason}); make room or choose another place") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -200,13 +203,8 @@ def _write(
     progress: Progress,
     result: PreprocessResult,
 ) -> str:
-    """Write data.bin and data.idx with Megatron's own builder; returns the name of the token type."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron warns of missing Apex and Transformer Engine; no matter here
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=dtype)
+    """Write data.bin and data.idx; returns the name of the token type."""
+    writer = DatasetWriter(folder / "data", tokenizer.vocab_size)
     records = chain.from_iterable(read_documents(file, options.text_key, options.per_line) for file in files)
     source = str(folder / "tokenizer") if options.tokenizer is None else options.tokenizer
     settings = (options.text_key, options.append_eod)
@@ -215,10 +213,7 @@ def _write(
         for chunk in _encode_all(_chunks(records), tokenizer, source, settings, options.workers):
             if chunk.damaged and not options.skip_damaged:
                 raise DataError(f"{chunk.damaged[0]}\nMend the file, or pass over such documents with --skip-damaged")
-            start = 0
-            for length in chunk.lengths:
-                builder.add_document(chunk.tokens[start : start + length], [length])
-                start += length
+            writer.add(chunk.tokens, chunk.lengths)
             read += chunk.read_bytes
             result.documents += len(chunk.lengths)
             result.tokens += len(chunk.tokens)
@@ -226,9 +221,9 @@ def _write(
             result.damaged += chunk.damaged
             progress("tokens", read, total, result)
     finally:
-        builder.data_file.close()
-    builder.finalize(str(folder / "data.idx"))
-    return np.dtype(dtype).name
+        writer.close()
+    writer.finish()
+    return writer.dtype.name
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megasparse.data import index_file
 from megasparse.data.documents import find_files, read_documents
 from megasparse.data.errors import DataError
 from megasparse.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
@@ -71,6 +74,55 @@ def test_round_trip_is_byte_exact(tmp_path: Path, tokenizer: TextTokenizer) -> N
     assert described["vocab_size"] == tokenizer.vocab_size
     assert described["dtype"] == "uint16"
     assert sorted(os.listdir(prefix.parent)) == ["data.bin", "data.idx", "data.json"]
+
+
+@pytest.mark.parametrize("vocab_size", [400, 70000])
+def test_files_are_those_of_megatron(vocab_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    monkeypatch.setattr(index_file, "_PART", 4)
+    rng = np.random.default_rng(0)
+    writer = index_file.DatasetWriter(tmp_path / "ours", vocab_size)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    for count in (3, 5, 3):
+        lengths = rng.integers(1, 2000, count).tolist()
+        tokens = rng.integers(0, vocab_size, sum(lengths)).astype(np.int32)
+        writer.add(tokens, lengths)
+        for document in np.split(tokens, np.cumsum(lengths)[:-1]):
+            builder.add_document(document, [len(document)])
+    writer.finish()
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for end in ("bin", "idx"):
+        assert (tmp_path / f"ours.{end}").read_bytes() == (tmp_path / f"theirs.{end}").read_bytes()
+    assert index_file.damage(str(tmp_path / "ours")) is None
+
+
+def test_memory_for_billions_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus of 10 TB has some of them; at 140 bytes each, as Megatron's builder takes, no machine would do."""
+    monkeypatch.setattr(index_file, "_PART", 1000)
+    writer = index_file.DatasetWriter(tmp_path / "data", 400)
+    tokens, lengths = np.zeros(1000, np.int32), [1] * 1000
+    documents = 1_000_000
+    tracemalloc.start()
+    try:
+        for _ in range(documents // 1000):
+            writer.add(tokens, lengths)
+        writer.finish()
+        assert tracemalloc.get_traced_memory()[1] / documents < 10  # four, and as many while the array grows
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS * 1000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"out/d: writing failed \(File too large\); make room"):
+            preprocess(PreprocessOptions([str(source)], tmp_path / "out" / "d", tokenizer=tokenizer.path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_without_end_of_document(tmp_path: Path, tokenizer: TextTokenizer) -> None:

@@ -1,0 +1,87 @@
+"""The two files of a Megatron data set: writing them, and whether they are whole. Needs neither torch nor Megatron."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, type of a token, number of sequences, number of document bounds."""
+_MAGIC = b"MMIDIDX\x00\x00"
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+_PART = 1 << 20
+"""Entries of the index that are made at a time."""
+
+
+class DatasetWriter:
+    """Writes `prefix`.bin and, at the end, `prefix`.idx: one sequence a document, as Megatron's
+    IndexedDatasetBuilder would.
+
+    In memory are four bytes a document. That builder takes 140, which is more than a machine has for the billions of
+    documents of a large corpus.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        self.dtype = np.dtype(np.uint16 if vocab_size < 65500 else np.int32)  # the builder's own limit
+        self._tokens = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115
+        self._index = Path(f"{prefix}.idx")
+        self._lengths = array("i")
+
+    def add(self, tokens: np.ndarray, lengths: Sequence[int]) -> None:
+        """Documents one after the other; `lengths` of each, in tokens."""
+        self._tokens.write(tokens.astype(self.dtype).data)
+        self._lengths.extend(lengths)
+
+    def close(self) -> None:
+        """Without an index the data is not finished."""
+        self._tokens.close()
+
+    def finish(self) -> None:
+        self.close()
+        lengths = np.frombuffer(self._lengths, np.int32)
+        kind = 8 if self.dtype == np.uint16 else 4
+        with self._index.open("wb") as file:
+            file.write(_HEADER.pack(_MAGIC, 1, kind, len(lengths), len(lengths) + 1))
+            file.write(lengths.data)
+            begin = 0
+            for start in range(0, len(lengths), _PART):
+                ends = begin + np.cumsum(lengths[start : start + _PART], dtype=np.int64) * self.dtype.itemsize
+                file.write(np.concatenate([[begin], ends[:-1]]).astype(np.int64).data)
+                begin = int(ends[-1])
+            for start in range(0, len(lengths) + 1, _PART):
+                file.write(np.arange(start, min(start + _PART, len(lengths) + 1), dtype=np.int64).data)
+
+
+def damage(prefix: str) -> str | None:
+    """What is wrong with `prefix`.bin or `prefix`.idx, which must be there; None: nothing.
+
+    Found from their sizes and a few numbers of the index. Megatron maps both files and finds out that one is cut short
+    when a sample lies behind the cut: perhaps hours later.
+    """
+    tokens, index = Path(prefix + ".bin"), Path(prefix + ".idx")
+    size = index.stat().st_size
+    with index.open("rb") as file:
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+            return f"{index} is not the index of a Megatron data set"
+        _, _, kind, sequences, bounds = _HEADER.unpack(header)
+        lengths = _HEADER.size  # int32 each; then where each sequence begins and the bounds, int64 each
+        begins = lengths + 4 * sequences
+        whole = begins + 8 * (sequences + bounds)
+        if size != whole:
+            return f"{index} has {size} bytes instead of {whole}"
+        counted = 0
+        if sequences:
+            file.seek(begins - 4)
+            (length,) = struct.unpack("<i", file.read(4))
+            file.seek(begins + 8 * (sequences - 1))
+            (begin,) = struct.unpack("<q", file.read(8))
+            counted = begin + length * _TOKEN_BYTES.get(kind, 0)
+    actual = tokens.stat().st_size
+    if actual != counted:
+        return f"{tokens} has {actual} bytes, and its index counts {counted}"
+    return None
