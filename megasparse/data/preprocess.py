@@ -85,7 +85,7 @@ def preprocess(options: PreprocessOptions, progress: Progress = lambda *_: None)
     result = PreprocessResult()
     with _working_folder(options.output) as folder:
         tokenizer, saved = _obtain_tokenizer(options, files, total, folder, progress, result)
-        result.tokenizer = str(saved) if saved else str(options.tokenizer)
+        result.tokenizer = str(saved) if saved else tokenizer.path
         result.vocab_size = tokenizer.vocab_size
         dtype = _write(options, files, total, folder, tokenizer, progress, result)
         if result.tokens == 0:
@@ -206,7 +206,7 @@ def _write(
     """Write data.bin and data.idx; returns the name of the token type."""
     writer = DatasetWriter(folder / "data", tokenizer.vocab_size)
     records = chain.from_iterable(read_documents(file, options.text_key, options.per_line) for file in files)
-    source = str(folder / "tokenizer") if options.tokenizer is None else options.tokenizer
+    source = tokenizer.path
     settings = (options.text_key, options.append_eod)
     read = 0
     try:

@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 GENERATION = "generation_config.json"
+_ADVICE = "name another with --tokenizer PATH, or leave it out with --no-tokenizer"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -42,6 +43,7 @@ def write_tokenizer(source: str, vocab_size: int, output: Path, model_type: str)
         ConvertError: there is no tokenizer, or it has more tokens than the model.
     """
     notes = []
+    source = _local(source)
     tokenizer = _put(source, output, model_type)
     if not tokenizer_reading.encodes_alike(output, tokenizer):
         class_name = type(tokenizer).__name__
@@ -61,10 +63,9 @@ def write_tokenizer(source: str, vocab_size: int, output: Path, model_type: str)
         notes.append(f"the tokenizer uses {size} of the model's {vocab_size} tokens")
     ids = {key: value for key in _IDS if (value := getattr(tokenizer, key)) is not None}
     path = Path(source)
-    if path.exists():
-        for name in ("config.json", GENERATION):
-            found = _json((path if path.is_dir() else path.parent) / name)
-            ids.update({key: value for key, value in found.items() if key in _IDS})
+    for name in ("config.json", GENERATION):
+        found = _json((path if path.is_dir() else path.parent) / name)
+        ids.update({key: value for key, value in found.items() if key in _IDS})
     return ids, notes
 
 
@@ -74,7 +75,17 @@ def suits_qwen2(source: str) -> bool:
     Raises ConvertError where there is no tokenizer.
     """
     with TemporaryDirectory() as folder:
-        return tokenizer_reading.is_of_qwen2(Path(folder), _put(source, Path(folder), "qwen2"))
+        return tokenizer_reading.is_of_qwen2(Path(folder), _put(_local(source), Path(folder), "qwen2"))
+
+
+def _local(source: str) -> str:
+    from megasparse.data.errors import DataError
+    from megasparse.data.tokenizer import local_tokenizer
+
+    try:
+        return local_tokenizer(source)
+    except DataError as error:
+        raise ConvertError(f"tokenizer {error}; {_ADVICE}") from None
 
 
 def _put(source: str, output: Path, model_type: str) -> Any:
@@ -89,16 +100,11 @@ def _put(source: str, output: Path, model_type: str) -> Any:
             _from_json(file, output)
         elif path.is_file() and path.name not in TOKENIZER_FILES:
             shutil.copyfile(path, output / tokenizer_reading.FILE)
-        elif not path.exists():
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(source).save_pretrained(output)
         (output / "config.json").write_text(json.dumps({"model_type": model_type}))  # the class depends on it
         return tokenizer_reading.load(output)
     except Exception as error:  # transformers raises many types
         raise ConvertError(
-            f"tokenizer {source}: does not load in transformers ({first_line(error)}); name another with --tokenizer "
-            "PATH, or leave it out with --no-tokenizer"
+            f"tokenizer {source}: does not load in transformers ({first_line(error)}); {_ADVICE}"
         ) from None
 
 

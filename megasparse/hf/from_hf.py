@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from megasparse.config import Config, parse_config
+from megasparse.data.tokenizer import HUB_FILES
 from megasparse.hf.assets import check_tokenizer, copy_assets, has_tokenizer
 from megasparse.hf.config import SourceModel
 from megasparse.hf.errors import ConvertError
@@ -24,8 +25,6 @@ ASSETS = "hf"
 """Folder, inside the checkpoint, of the tokenizer and what else came with the model."""
 MODEL_YAML = "model.yaml"
 """Configuration to build on, inside the checkpoint."""
-_DOWNLOADED = ("*.json", "*.model", "*.txt", "*.jinja")
-"""Files of a model on the hub beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def download(name: str) -> Path:
 
     def fetch(*patterns: str) -> Path:
         # "consolidated": the same weights once more, in their authors' own format.
-        return Path(snapshot_download(name, allow_patterns=[*_DOWNLOADED, *patterns], ignore_patterns="consolidated*"))
+        return Path(snapshot_download(name, allow_patterns=[*HUB_FILES, *patterns], ignore_patterns="consolidated*"))
 
     try:
         folder = fetch("*.safetensors")

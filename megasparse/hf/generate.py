@@ -96,10 +96,12 @@ def _load(name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    local = Path(name).exists()
+    from megasparse.hf.from_hf import download
+
+    folder = Path(name) if Path(name).exists() else download(name)  # by name, transformers repeats failed requests
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     except Exception as error:  # transformers and the hub's client raise many types
         raise GenerateError(
             f"{name}: model or tokenizer does not load ({first_line(error)}); give a folder that megasparse convert "

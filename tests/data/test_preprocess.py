@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from megasparse.data.documents import find_files, read_documents
 from megasparse.data.errors import DataError
 from megasparse.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
 from megasparse.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from tests.hf.cases import megasparse
+from tests.hf.hub import Hub
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -374,6 +377,28 @@ def test_documents_stay_whole_whatever_the_tokenizer_is_set_to(tmp_path: Path, t
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     preprocess(PreprocessOptions([str(source)], tmp_path / "d", tokenizer=str(tmp_path / "tokenizer.json")))
     assert [tokenizer.decode(document[:-1]) for document in read_back(tmp_path / "d")] == TEXTS
+
+
+def test_a_tokenizer_of_the_hub(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """By name it gives the tokens that its files give, and training finds it by what is written down."""
+    model = tmp_path / "model"
+    shutil.copytree(tokenizer.path, model)
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen2"}))  # transformers makes it Qwen2's
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    with Hub(model=model) as hub:
+        settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache")}
+        arguments = ("preprocess", source, "--output", tmp_path / "d", "--tokenizer")
+        done = megasparse(*arguments, "some/model", "--workers", 2, **settings)
+    assert done.returncode == 0, done.stderr
+    assert [tokenizer.decode(document[:-1]) for document in read_back(tmp_path / "d")] == TEXTS
+    described = json.loads((tmp_path / "d.json").read_text())
+    assert described["tokenizer_fingerprint"] == tokenizer.fingerprint
+    assert load_tokenizer(described["tokenizer"]).fingerprint == tokenizer.fingerprint
+    settings["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = megasparse(*arguments, "toknizer", "--overwrite", **settings)
+    assert done.returncode == 2
+    assert "toknizer: neither a tokenizer here nor on the Hugging Face hub" in done.stderr
+    assert "Retrying" not in done.stderr
 
 
 def test_tokenizer_mistakes(tmp_path: Path, tokenizer: TextTokenizer) -> None:

@@ -67,3 +67,13 @@ def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
         assert code == 2, err
         assert expected in err
         assert out == ""
+
+
+def test_a_mistyped_folder_is_named_at_once(tmp_path: Path) -> None:
+    """transformers takes it for a name on the hub, and asks for most of a minute where there is no network."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    for name in ("runs/exprted", "exprted", str(tmp_path / "exprted")):
+        done = megasparse("generate", name, "--prompt", "w3", **nowhere)
+        assert done.returncode == 2
+        assert f"{name}: neither a folder here nor a model that could be downloaded" in done.stderr
+        assert "Retrying" not in done.stderr
