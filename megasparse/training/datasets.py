@@ -1,8 +1,9 @@
 """Opening the data sets of a run with Megatron's builder, sample indices cached once per node.
 
-    python -m megasparse.training.datasets CONFIG [a.b=c ...]
+    python -m megasparse.training.datasets CONFIG [a.b=c ...] [--validation]
 
-builds the sample indices alone, on a machine without GPUs, ahead of a run on very large data.
+builds the sample indices alone, on a machine without GPUs, ahead of a run on very large data (or of a validation of its
+own).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class TokenizerFacts:
 
 
 class Datasets(NamedTuple):
-    """Megatron datasets; `valid` is None where there is nothing to validate on."""
+    """Megatron datasets; `valid` is None where there is nothing to validate on, `train` where it was not asked for."""
 
     train: Any
     valid: Any
@@ -106,11 +107,15 @@ def validation_samples(cfg: Config) -> int:
     return cfg.training.eval_steps * cfg.training.global_batch_size
 
 
-def build_datasets(cfg: Config, local_rank: int = 0) -> Datasets:
+def build_datasets(cfg: Config, local_rank: int = 0, train: bool = True) -> Datasets:
     """Opens the data sets, after the sample indices were built where they were missing. Collective.
 
     Rank 0 builds them. Where the cache directory is local to each node (environment variables in its path are
     expanded on each node), the first rank of every other node builds its own copy.
+
+    Args:
+        train: False: for a validation of its own, which reads no training data. Indices of a `data.train` are then not
+            built: there may be gigabytes of them. `data.blend` is opened whole, as its indices lie in the run's cache.
 
     Raises:
         ConfigError: a split holds no documents.
@@ -119,16 +124,16 @@ def build_datasets(cfg: Config, local_rank: int = 0) -> Datasets:
     check_splits(cfg)
     cache = Path(os.path.expandvars(str(cfg.cache_directory)))
     if dist.get_world_size() > 1:
-        _build_on_nodes_with_own_disk(cfg, cache, local_rank)
-    return _build(cfg, cache)
+        _build_on_nodes_with_own_disk(cfg, cache, local_rank, train)
+    return _build(cfg, cache, train)
 
 
-def _build(cfg: Config, cache: Path) -> Datasets:
-    config = _dataset_config(cfg, cache)
+def _build(cfg: Config, cache: Path, train: bool) -> Datasets:
+    config = _dataset_config(cfg, cache, train)
     sizes = [cfg.training.steps * cfg.training.global_batch_size, validation_samples(cfg), 0]
     with _saved_whole():
-        train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
-    return Datasets(train, valid)
+        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+    return Datasets(*built[:2])
 
 
 @contextmanager
@@ -163,14 +168,14 @@ def _validates(cfg: Config) -> bool:
     return cfg.training.eval_steps > 0 and (shared or cfg.data.valid is not None)
 
 
-def _dataset_config(cfg: Config, cache: Path) -> GPTDatasetConfig:
+def _dataset_config(cfg: Config, cache: Path, train: bool) -> GPTDatasetConfig:
     data = cfg.data
     where: dict[str, Any]
     if data.blend:
         where = {"blend": _blend(data.blend), "split": data.split}
     else:
         valid = _blend(data.valid) if data.valid and _validates(cfg) else None
-        where = {"blend_per_split": [_blend(data.train or ()), valid, None]}
+        where = {"blend_per_split": [_blend(data.train or ()) if train or valid is None else None, valid, None]}
     config = GPTDatasetConfig(
         random_seed=cfg.training.seed,
         sequence_length=data.sequence_length,
@@ -234,7 +239,7 @@ def _parts(cfg: Config) -> list[tuple[str, str, float, float]]:
     return parts
 
 
-def _build_on_nodes_with_own_disk(cfg: Config, cache: Path, local_rank: int) -> None:
+def _build_on_nodes_with_own_disk(cfg: Config, cache: Path, local_rank: int, train: bool) -> None:
     """First ranks of nodes that do not see rank 0's cache directory build the indices in a process of their own.
 
     Megatron's builder writes on global rank 0 only; a process outside the job is its own rank 0.
@@ -249,7 +254,7 @@ def _build_on_nodes_with_own_disk(cfg: Config, cache: Path, local_rank: int) -> 
     marker = cache / on_first_rank(leave_marker)
     failure = None
     if local_rank == 0 and not marker.exists():
-        failure = _build_in_own_process(cfg)
+        failure = _build_in_own_process(cfg, train)
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     if dist.get_rank() == 0:
@@ -259,12 +264,18 @@ def _build_on_nodes_with_own_disk(cfg: Config, cache: Path, local_rank: int) -> 
             raise RuntimeError(f"building the sample indices on the node of rank {rank} failed:\n{text}")
 
 
-def _build_in_own_process(cfg: Config) -> str | None:
+def _build_in_own_process(cfg: Config, train: bool) -> str | None:
     """Returns the end of the process's output where it failed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(dump_config(cfg))
-        command = [sys.executable, "-m", "megasparse.training.datasets", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "megasparse.training.datasets",
+            str(path),
+            *(() if train else ("--validation",)),
+        ]
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
         env = {name: value for name, value in os.environ.items() if name not in launcher}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -273,11 +284,12 @@ def _build_in_own_process(cfg: Config) -> str | None:
 
 def main(arguments: Sequence[str]) -> None:
     """Builds the sample indices of a configuration in this process alone."""
-    cfg = load_config(arguments[0], arguments[1:])
+    path, *overrides = (text for text in arguments if text != "--validation")
+    cfg = load_config(path, overrides)
     check_splits(cfg)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        _build(cfg, Path(os.path.expandvars(str(cfg.cache_directory))))
+        _build(cfg, Path(os.path.expandvars(str(cfg.cache_directory))), "--validation" not in arguments)
     finally:
         dist.destroy_process_group()
 

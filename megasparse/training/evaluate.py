@@ -115,7 +115,7 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
     cfg.validate(launch.world_size)
     device = initialize(cfg, launch)
     try:
-        datasets = build_datasets(cfg, launch.local_rank)
+        datasets = build_datasets(cfg, launch.local_rank, train=False)
         if datasets.valid is None:
             raise checkpoint_files.CheckpointError(
                 f"{path}: its configuration has no validation data; give data.valid=PREFIX or training.eval_steps=10"

@@ -49,7 +49,7 @@ def evaluate_folder(folder: Path, overrides: Sequence[str] = ()) -> Metrics:
     cfg.validate(launch.world_size)
     device = initialize(cfg, launch)
     try:
-        dataset = build_datasets(cfg, launch.local_rank).valid
+        dataset = build_datasets(cfg, launch.local_rank, train=False).valid
         precision = torch.float32 if cfg.training.precision == "fp32" else torch.bfloat16
         model = load_transformers(model_folder, precision).to(device)
         model_folder.close()
