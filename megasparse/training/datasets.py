@@ -8,6 +8,7 @@ own).
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -185,6 +186,7 @@ def _dataset_config(cfg: Config, cache: Path, train: bool) -> GPTDatasetConfig:
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=False,  # made on the device from the tokens, rather than copied: s x s a sample
+        mid_level_dataset_surplus=_surplus(cfg),
         **where,
     )
     if data.blend and config.split_matrix is not None:
@@ -193,6 +195,46 @@ def _dataset_config(cfg: Config, cache: Path, train: bool) -> GPTDatasetConfig:
         if not _validates(cfg):
             config.split_matrix[1] = None  # type: ignore[call-overload]
     return config
+
+
+def _surplus(cfg: Config) -> float:
+    """How many samples more than its share of a split Megatron indexes of each data set of a blend, as a fraction.
+
+    It rounds all shares up and takes their sum from the blend: of few samples from many data sets, that can be more
+    than are indexed of the one with the largest weight, and Megatron gives up. Where its own default suffices, it
+    stays: the order of samples can depend on it.
+    """
+    data, choices = cfg.data, (0.005, 0.05, 0.5, 5.0, 50.0)
+    splits = (
+        ("train", data.blend or data.train or (), cfg.training.steps * cfg.training.global_batch_size),
+        ("valid", data.blend or data.valid or (), validation_samples(cfg) if _validates(cfg) else 0),
+    )
+    needed = 0
+    for split, blend, size in splits:
+        if not size or len(blend) < 2 or size > 1000 * len(blend):  # then half a percent is more than rounding adds
+            continue
+        tokens = [_tokens(prefix, first, last) for name, prefix, first, last in _parts(cfg) if name == split]
+        weights = [weight for weight, _ in blend]
+        while needed < len(choices) - 1 and not _suffices(choices[needed], weights, tokens, size, data.sequence_length):
+            needed += 1
+    return choices[needed]
+
+
+def _suffices(surplus: float, weights: Sequence[float], tokens: Sequence[int], size: int, sequence_length: int) -> bool:
+    """Whether no data set of a blend, of so many tokens each, has fewer samples indexed than the blend takes of it."""
+    from megatron.core.datasets import helpers
+
+    shares = np.array(weights) / sum(weights)
+    wanted = np.ceil(size * shares).astype(int)
+    total = int(wanted.sum())
+    source, position = np.zeros(total, np.int16), np.zeros(total, np.int64)
+    helpers.build_blending_indices(source, position, shares.tolist(), len(shares), total, False)
+    taken = np.bincount(source, minlength=len(shares))
+    for samples, asked, epoch in zip(taken, wanted, tokens, strict=True):
+        epochs = math.ceil((math.ceil(asked * (1 + surplus)) * sequence_length + 1) / epoch)  # whole ones are indexed
+        if samples > (epochs * epoch - 1) // sequence_length:
+            return False
+    return True
 
 
 def _blend(blend: Sequence[tuple[float, str]]) -> tuple[list[str], list[float] | None]:
@@ -208,20 +250,24 @@ def check_splits(cfg: Config) -> None:
     """
     problems = []
     for name, prefix, first, last in _parts(cfg):
-        documents = IndexedDataset(prefix)  # kept while its lengths are read: it unmaps the file when it goes
-        lengths = documents.sequence_lengths
-        begin, end = round(first * len(lengths)), round(last * len(lengths))
-        if int(lengths[begin:end].sum()) == 0:
+        if _tokens(prefix, first, last) == 0:
             problems.append(
                 Problem(
                     "data.split" if cfg.data.blend else f"data.{name}",
-                    f"leaves no tokens for {name}: {prefix} has {len(lengths)} documents",
+                    f"leaves no tokens for {name}: {prefix} has {len(IndexedDataset(prefix))} documents",
                     "give the split a larger share, or more documents",
                     cfg.data.split if cfg.data.blend else prefix,
                 )
             )
     if problems:
         raise ConfigError(problems)
+
+
+def _tokens(prefix: str, first: float, last: float) -> int:
+    """Tokens of a part of a data set, given as shares of its documents."""
+    documents = IndexedDataset(prefix)  # kept while its lengths are read: it unmaps the file when it goes
+    lengths = documents.sequence_lengths
+    return int(lengths[round(first * len(lengths)) : round(last * len(lengths))].sum())
 
 
 def _parts(cfg: Config) -> list[tuple[str, str, float, float]]:

@@ -18,7 +18,7 @@ from megasparse.training import datasets
 from megasparse.training.data import MicroBatchSampler, StepLoader, document_mask
 from megasparse.training.datasets import TokenizerFacts, check_splits, tokenizer_facts
 from tests.launch import run_distributed
-from tests.training.cases import END, configuration
+from tests.training.cases import END, configuration, write_data
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 2), (4, 1), (2, 1)])
@@ -246,6 +246,33 @@ def test_blend_keeps_its_weights_and_splits_do_not_overlap(tmp_path: Path, data_
     assert result["probes"] == 16
     assert "is not what it was" in result["message"]
     assert result["overlap"] == 0
+
+
+def lengths_of_blends(data: dict[str, Any], blends: list[list[Any]]) -> list[int]:
+    """Validation samples that Megatron's builder gives for each blend."""
+    from megasparse.training.datasets import build_datasets
+    from megasparse.training.distributed import initialize, read_environment, shut_down
+
+    found = []
+    for blend in blends:
+        data["data"]["valid"] = blend
+        cfg = parse_config(data)
+        initialize(cfg, read_environment())
+        valid = build_datasets(cfg, train=False).valid
+        assert all(len(valid[i]["tokens"]) == 16 for i in range(len(valid)))
+        found.append(len(valid))
+        shut_down()
+    return found
+
+
+def test_a_few_samples_of_many_small_data_sets(tmp_path: Path, data_folder: Path) -> None:
+    """Megatron would index too few of the one with the largest weight."""
+    small = [write_data(tmp_path / str(seed), 6, seed) for seed in range(20)]
+    blends = [[[weight, small[0]], *([1, prefix] for prefix in small[1:])] for weight in (1, 50, 5000)]
+    data = configuration(tmp_path / "run", "", training={"eval_steps": 20})
+    data["data"] = {"train": str(data_folder / "a"), "sequence_length": 16, "num_workers": 0}
+    lengths = run_distributed(1, "tests.training.test_data:lengths_of_blends", data, blends)[0]
+    assert min(lengths) >= 80
 
 
 @pytest.mark.parametrize(
