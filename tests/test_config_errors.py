@@ -69,6 +69,14 @@ def test_single_keys(tmp_path: Path, line: str, words: list[str]) -> None:
     ("overrides", "words"),
     [
         (["parallel.tensor=3"], ["parallel.tensor = 3", "num_attention_heads = 4", "ffn_hidden_size = 256", "set 255"]),
+        (
+            ["run.directory=~/x", "data.blend=~/text"],
+            [
+                "run.directory = '~/x': ~ would be a folder of that name",
+                f"write {Path.home()}/x",
+                f"{Path.home()}/text",
+            ],
+        ),
         (["model.num_query_groups=3"], ["model.num_query_groups = 3: does not divide model.num_attention_heads = 4"]),
         (["model.num_query_groups=2", "parallel.tensor=4"], ["does not divide model.num_query_groups = 2"]),
         (

@@ -396,6 +396,26 @@ def _tokenizer(cfg: Config) -> Iterator[Problem]:
         )
 
 
+def _paths(cfg: Config) -> Iterator[Problem]:
+    """`~` is the home folder at the start of a word of the shell alone, not in `key=~/folder` nor in a file."""
+    for key, path in (
+        ("run.directory", cfg.run.directory),
+        ("data.cache_dir", cfg.data.cache_dir),
+        ("data.tokenizer", cfg.data.tokenizer),
+        ("checkpoint.directory", cfg.checkpoint.directory),
+        ("checkpoint.load", cfg.checkpoint.load),
+        ("logging.directory", cfg.logging.directory),
+        *(("data", prefix) for prefix in cfg.data.prefixes),
+    ):
+        if path is not None and path.startswith("~"):
+            yield Problem(
+                key,
+                "~ would be a folder of that name in the working directory",
+                f"write {os.path.expanduser(path)}",
+                path,
+            )
+
+
 def _evaluation(cfg: Config) -> Iterator[Problem]:
     if cfg.data.blend and cfg.training.eval_steps and _split_of(cfg)[1] == 0:
         yield Problem(
@@ -428,6 +448,7 @@ RULES: tuple[Rule, ...] = (
     _data,
     _tokenizer,
     _evaluation,
+    _paths,
 )
 
 
