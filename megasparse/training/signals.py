@@ -20,9 +20,11 @@ first three under every launcher, and is not there after an error or a kill):
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +66,8 @@ class StopWatcher:
 
     Args:
         time_limit_minutes: stop when this much time has passed since the process started, or None.
-        run_directory: where the stop file is looked for; only on the rank that passes it.
+        run_directory: where the stop file is looked for; only on the rank that passes it, which alone watches the time
+            of a SLURM job too.
         margin_seconds: how long before the end of a SLURM job (`SLURM_JOB_END_TIME`) to stop.
     """
 
@@ -79,12 +82,14 @@ class StopWatcher:
         self._stop_file = run_directory / STOP_FILE if run_directory is not None else None
         self._interrupted = float("inf")
         """When the first Ctrl-C came, in seconds of the monotonic clock."""
-        self._deadline = float("inf")
+        self._deadline = self._job_deadline = float("inf")
+        self._job_is_over = False
+        self._margin = margin_seconds
         if time_limit_minutes is not None:
             self._deadline = process_start_time() + 60.0 * time_limit_minutes
         job_end = os.environ.get("SLURM_JOB_END_TIME", "")
-        if job_end.isdigit():
-            self._deadline = min(self._deadline, int(job_end) - margin_seconds)
+        if job_end.isdigit() and run_directory is not None:
+            self._job_deadline = int(job_end) - margin_seconds
 
     def __enter__(self) -> StopWatcher:
         numbers = [signal.SIGTERM, signal.SIGUSR1]
@@ -124,12 +129,21 @@ class StopWatcher:
     def local_reason(self) -> StopReason:
         """What this rank alone knows; the ranks' maximum is what counts."""
         reason = self._reason
-        if time.time() >= self._deadline:
+        if time.time() >= self._deadline or self._job_ends():
             reason = max(reason, StopReason.TIME_LIMIT)
         # Not Path.exists, which raises where the file system answers with an error for a moment (ESTALE, EIO).
         if self._stop_file is not None and os.path.exists(self._stop_file):
             reason = max(reason, StopReason.STOP_FILE)
         return reason
+
+    def _job_ends(self) -> bool:
+        if time.time() >= self._job_deadline and not self._job_is_over:
+            end = slurm_job_end()  # its limit may have been raised since it started
+            if end is None or end - self._margin <= time.time():
+                self._job_is_over = True  # asked no more: SLURM may take its time to answer
+            else:
+                self._job_deadline = end - self._margin
+        return self._job_is_over
 
     def clear_stop_file(self) -> None:
         """Removes the stop file, so that the next start does not stop at once."""
@@ -150,6 +164,17 @@ def signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def slurm_job_end() -> float | None:
+    """Unix time at which SLURM will end this job, as it says now; None where it does not say."""
+    command = ["squeue", "--noheader", f"--jobs={os.environ.get('SLURM_JOB_ID', '')}", "--format=%e"]
+    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
+        return datetime.datetime.fromisoformat(done.stdout.strip()).timestamp()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def process_start_time() -> float:

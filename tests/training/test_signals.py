@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -150,6 +151,33 @@ def test_time_limit_stops(tmp_path: Path, data_folder: Path, helper: Helper) -> 
     run["training"]["time_limit_minutes"] = 1e-4
     result = helper.run(run)
     assert_stopped(tmp_path, result, 1, "TIME_LIMIT", 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "goes_on"),
+    [("date -d @$END +%FT%T", True), ("date +%FT%T", False), ("echo N/A", False), ("exit 1", False)],
+)
+def test_a_job_whose_time_limit_was_raised_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, goes_on: bool
+) -> None:
+    """What SLURM told the job at its start is then too early."""
+    started = int(time.time())
+    (tmp_path / "squeue").write_text(f'#!/bin/bash\necho "$*" >>{tmp_path}/asked\n{answer}\n')
+    (tmp_path / "squeue").chmod(0o755)
+    for name, value in {
+        "SLURM_JOB_END_TIME": started + 121, "SLURM_JOB_ID": 7, "END": started + 3600,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    first, other = StopWatcher(run_directory=tmp_path), StopWatcher()
+    assert first.local_reason() == StopReason.NONE
+    monkeypatch.setattr(signals.time, "time", lambda: started + 2.0)
+    expected = StopReason.NONE if goes_on else StopReason.TIME_LIMIT
+    assert [first.local_reason(), first.local_reason()] == [expected] * 2
+    assert (tmp_path / "asked").read_text() == "--noheader --jobs=7 --format=%e\n"
+    monkeypatch.setattr(signals.time, "time", lambda: started + 3481.0)
+    assert first.local_reason() == StopReason.TIME_LIMIT
+    assert other.local_reason() == StopReason.NONE, "the first rank's word is all ranks'"
 
 
 def test_stop_file_stops_and_is_removed(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
