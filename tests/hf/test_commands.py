@@ -152,7 +152,13 @@ def test_push_fails_before_the_export(tmp_path: Path, commands: Commands) -> Non
             (checkpoint, out, "some/model", {"HF_TOKEN": "hf_wrong"}, "401 Unauthorized"),
             (checkpoint, out, "so me/model", right, "write it as user/model"),
             (tmp_path / "none", out, "some/model", right, "none: not there; give a checkpoint"),
-            (without_tokenizer, out, "some/model", right, "tokenizer moved/away: does not load"),
+            (
+                without_tokenizer,
+                out,
+                "some/model",
+                right,
+                "tokenizer moved/away: neither a tokenizer here nor on the Hugging Face hub",
+            ),
             (checkpoint, tmp_path / "kept", "some/model", right, "kept: exists already"),
         ]
 
