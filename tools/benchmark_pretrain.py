@@ -175,6 +175,8 @@ def compare(bench: Bench, variants: list[Variant], layers: list[LayerSparsity]) 
             bench.write()
     for variant in variants:
         variant.loader.close()
+        if variant.run.graphs is not None:
+            variant.run.graphs.release()
 
 
 def larger(bench: Bench, sparse: Variant, layers: list[LayerSparsity], l0: float) -> None:
@@ -190,7 +192,8 @@ def larger(bench: Bench, sparse: Variant, layers: list[LayerSparsity], l0: float
     variant = Variant(f"sparse, micro-batch {size}", sparse.run, cfg, bench.loader(cfg, sparse.run), sparse.paths)
     try:
         variant.prepare()
-        variant.step()
+        for _ in range(2):  # CUDA graphs are captured before the second
+            variant.step()
         note_memory(bench, variant, [variant.run], l0)
         for _ in range(2):
             window(variant, bench.arguments.steps, EnergyMeter())

@@ -168,7 +168,8 @@ def note_memory(bench: Bench, variant: Variant, others: list[Run], l0: float) ->
     clean()
     elsewhere = [tensor for run in others if run is not variant.run for tensor in resident(run)]
     state = variant.run.state
-    measured = measure_step(state.model, optimizer_tensors(state.optimizer), variant.step, elsewhere)
+    optimizer = optimizer_tensors(state.optimizer)
+    measured = measure_step(state.model, optimizer, variant.step, elsewhere, variant.run.graphs)
     mine = {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "measured": dataclasses.asdict(measured),

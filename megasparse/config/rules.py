@@ -182,6 +182,28 @@ def _recompute(cfg: Config) -> Iterator[Problem]:
         )
 
 
+def _cuda_graphs(cfg: Config) -> Iterator[Problem]:
+    training, model = cfg.training, cfg.model
+    if not training.cuda_graphs:
+        return
+    rest = "training.cuda_graphs: false"
+    if training.fp8 != "off":
+        rule = "the host keeps Transformer Engine's scales between steps, and graphs hold kernels alone"
+        yield Problem("training.cuda_graphs", rule, f"set training.fp8: off, or {rest}", True)
+    modules = set(training.recompute_modules) - {"mlp"} if training.recompute == "selective" else set()
+    if modules or training.recompute == "full":
+        rule = "the attention part, which is what the graphs hold, is not recomputed"
+        fix = f"set training.recompute: none, or selective with recompute_modules: [mlp], or {rest}"
+        yield Problem("training.cuda_graphs", rule, fix, True)
+    for key in ("attention_dropout", "hidden_dropout"):
+        if getattr(model, key) > 0:
+            rule = f"a graph draws no random numbers, and model.{key} is {getattr(model, key)}"
+            yield Problem("training.cuda_graphs", rule, f"set model.{key}: 0, or {rest}", True)
+    if cfg.data.reset_attention_mask:
+        rule = "data.reset_attention_mask gives each micro-batch a mask of its own, and graphs read one memory"
+        yield Problem("training.cuda_graphs", rule, f"set data.reset_attention_mask: false, or {rest}", True)
+
+
 def _fp8(cfg: Config) -> Iterator[Problem]:
     training, model = cfg.training, cfg.model
     if training.fp8 == "off":
@@ -442,6 +464,7 @@ RULES: tuple[Rule, ...] = (
     _documents,
     _overlap,
     _recompute,
+    _cuda_graphs,
     _fp8,
     _schedule,
     _l1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -161,6 +162,8 @@ def build_model(cfg: Config, layer: ModuleSpec | None = None) -> list[GPTModel]:
         if cfg.model.rope_scaling is not None:
             _scale_rotary(chunk, cfg.model.rope_scaling)
         relay_padding_mask(chunk)
+        if cfg.model.attention_dropout == 0:
+            _leave_random_states(chunk)
         if chunk.post_process and cfg.padded_vocab_size() > cfg.vocab_size:
             _exclude_padding(chunk, cfg.vocab_size)
         chunks.append(chunk)
@@ -192,6 +195,16 @@ def _exclude_padding(chunk: GPTModel, vocab_size: int) -> None:
         logits.detach()[..., max(0, vocab_size - first) :] = -torch.inf
 
     chunk.output_layer.register_forward_hook(mask)
+
+
+def _leave_random_states(chunk: GPTModel) -> None:
+    """Transformer Engine's attention switches to a random state of Megatron's and back, for dropout. Where nothing is
+    drawn that only takes the host's time, and no CUDA graph could hold it."""
+    for module in chunk.modules():
+        if hasattr(module, "attention_dropout_ctx"):
+            module.attention_dropout_ctx = nullcontext  # type: ignore[assignment]
+        if hasattr(module, "rng_states_tracker"):
+            module.rng_states_tracker = None
 
 
 def _scale_rotary(chunk: GPTModel, scaling: RopeScaling) -> None:

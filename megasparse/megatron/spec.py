@@ -22,10 +22,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megasparse.config import ConfigError, Problem
 from megasparse.megatron.attention import SDPAttention
+from megasparse.megatron.attention_graphs import GraphedLayer
 from megasparse.megatron.norm import Norm
 from megasparse.megatron.sparse_mlp import Mode, SparseMLP
 
@@ -122,7 +123,7 @@ def layer_spec(
     if not use_te:
         keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
     return ModuleSpec(
-        module=TransformerLayer,
+        module=GraphedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if use_te else norm,
             self_attention=ModuleSpec(

@@ -33,12 +33,14 @@ _BY_ATTRIBUTE = {
     "decoder": RESIDUAL,
     "final_layernorm": NORMS,
     "self_attention": ATTENTION,
+    "attention_graphs": ATTENTION,
     "mlp": MLP,
     "input_layernorm": NORMS,
     "pre_mlp_layernorm": NORMS,
 }
 """Attributes of GPTModel, TransformerBlock and TransformerLayer -> part. A norm that Transformer Engine fuses into a
-projection counts with the projection; what GPTModel does beside its modules is the head's and the loss's."""
+projection counts with the projection, a CUDA graph of the attention part as a whole; what GPTModel does beside its
+modules is the head's and the loss's."""
 
 
 @dataclass

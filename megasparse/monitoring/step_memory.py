@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megasparse.megatron.attention_graphs import AttentionGraphs
+
 
 @dataclass(frozen=True)
 class StepMemory:
@@ -20,7 +22,8 @@ class StepMemory:
     optimizer: int
     """Main parameters and moments."""
     activations: int
-    """Allocated between the start of the step and the end of the decoder's forward, at most."""
+    """Allocated between the start of the step and the end of the decoder's forward, at most; what CUDA graphs hold of
+    them all the time included."""
     temporaries: int
     """The peak of the step above all that: logits and their gradient, or what a layer's backward needs at once."""
     other: int
@@ -36,6 +39,7 @@ def measure_step(
     optimizer: Sequence[Tensor],
     step: Callable[[], Any],
     elsewhere: Iterable[Tensor] = (),
+    graphs: AttentionGraphs | None = None,
 ) -> StepMemory:
     """Runs `step` once and measures it; call it first, so that buffers which stay are there.
 
@@ -44,6 +48,7 @@ def measure_step(
         optimizer: tensors that the optimizer holds; those of the model among them count as weights.
         step: the training step.
         elsewhere: tensors of another model that lives on the same GPU.
+        graphs: of this model, captured by now.
     """
     seen: set[int] = set()
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
@@ -70,14 +75,15 @@ def measure_step(
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     free, total = torch.cuda.mem_get_info()
+    allocated, reserved = (graphs.allocated, graphs.reserved) if graphs is not None else (0, 0)
     return StepMemory(
         weights=weights,
         gradients=gradients,
         optimizer=states,
-        activations=max(levels) - base,
+        activations=max(levels) - base + reserved,
         temporaries=peak - max(levels),
-        other=base - weights - gradients - states - foreign,
-        peak=peak - foreign,
+        other=base - weights - gradients - states - foreign - allocated,
+        peak=peak - foreign - allocated + reserved,
         device=total - free,
     )
 

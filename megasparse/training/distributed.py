@@ -72,6 +72,9 @@ def initialize(cfg: Config, launch: Launch) -> torch.device:
             # Lets communication kernels start in issue order beside compute (Megatron's advice up to Hopper).
             # CUDA reads it when its context is made, so it comes first.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if cfg.training.cuda_graphs:
+            # Else NCCL registers the buffers of captured communication, which fails for memory of expandable segments.
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         torch.cuda.set_device(device)
     else:
         share = max(1, (os.cpu_count() or 1) // launch.local_world_size)

@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megasparse.config import Config, ConfigError, Problem, dump_config
 from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
+from megasparse.megatron.attention_graphs import AttentionGraphs
 from megasparse.plan_text import opening_line
 from megasparse.training import checkpoint_files
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
@@ -81,6 +82,7 @@ class Run:
     own_time: OwnTime
     sources: SourceTokens
     device: torch.device
+    graphs: AttentionGraphs | None
     skipped_in_a_row: int = 0
 
 
@@ -156,6 +158,8 @@ def prepare_step(run: Run, step: int) -> float:
         run.counter.begin()
     if reinit:
         watch_inputs(run.state.mlps)
+    if run.graphs is not None:
+        run.graphs.prepare_step()
     return float(run.state.scheduler.set_step(step))
 
 
@@ -312,6 +316,8 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
             run.heartbeat.at(run.state.step, "checkpoint")
             run.checkpointer.close()
         run.loader.close()
+        if run.graphs is not None:
+            run.graphs.release()
         if first:  # before observers end: they may take long, and the time left may be short
             write_exit_file(cfg.run_directory, code, text, run.state.step)
             stop.clear_stop_file()
@@ -384,9 +390,20 @@ def start(
     heartbeat = Heartbeat(
         cfg.run_directory, launch.rank, launch.world_size, host_name(), 60 * cfg.parallel.timeout_minutes
     )
-    sources = SourceTokens(cfg, datasets.train)
     return Run(
-        cfg, state, datasets, loader, counter, checkpointer, observers, stop, heartbeat, own_time, sources, device
+        cfg=cfg,
+        state=state,
+        datasets=datasets,
+        loader=loader,
+        counter=counter,
+        checkpointer=checkpointer,
+        callbacks=observers,
+        stop=stop,
+        heartbeat=heartbeat,
+        own_time=own_time,
+        sources=SourceTokens(cfg, datasets.train),
+        device=device,
+        graphs=AttentionGraphs(model) if cfg.training.cuda_graphs and device.type == "cuda" else None,
     )
 
 
