@@ -18,7 +18,7 @@ random state of its kind, and keep a gradient of every weight beside `main_grad`
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -174,24 +174,27 @@ class _Pair:
         self.busy = False
         """Between forward and backward."""
         parts = (self.layer.input_layernorm, self.layer.self_attention)
-        self.parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
         self.owners = [m for part in parts for m in part.modules() if any(True for _ in m.parameters(recurse=False))]
+        self.parameters = [p for m in self.owners for p in m.parameters(recurse=False) if p.requires_grad]
+        self._captured = [_alias(parameter) for parameter in self.parameters]
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
     def capture_forward(self, pool: Any) -> None:
-        with _into(self._forward, pool):
+        with (
+            _exchanged(self.owners, dict(zip(self.parameters, self._captured, strict=True))),
+            _into(self._forward, pool),
+        ):
             self.output = self.layer.eager_attention(self.input, self.settings)
 
     def capture_backward(self, pool: Any) -> None:
-        for parameter in self.parameters:
-            parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         with _into(self._backward, pool):
-            found = torch.autograd.grad(self.output, [self.input, *self.parameters], self.gradient)
-            for parameter, gradient in zip(self.parameters, found[1:], strict=True):
+            found = torch.autograd.grad(self.output, [self.input, *self._captured], self.gradient)
+            for parameter, gradient in zip(self._captured, found[1:], strict=True):
                 if not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
                     parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
             self.gradient.copy_(found[0])
         self.output = self.output.detach()
+        self._captured.clear()
 
     def replay_forward(self, hidden_states: Tensor) -> Tensor:
         for module in self.owners:  # with overlap_param_gather they wait for their parameters
@@ -256,8 +259,32 @@ def _into(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         yield
+    except Exception:
+        with suppress(RuntimeError):  # that a capture was broken off; the reason is what to tell
+            graph.capture_end()
+        raise
+    graph.capture_end()
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """The same memory, and the same attributes of Megatron's, as another leaf. Autograd would have the default stream,
+    on which the data-parallel hooks met the parameter itself first, take part in the capture, which CUDA refuses."""
+    alias = nn.Parameter(parameter.detach())
+    alias.__dict__.update(vars(parameter), grad_added_to_main_grad=False)
+    return alias
+
+
+@contextmanager
+def _exchanged(owners: Sequence[nn.Module], others: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """The modules' own parameters give way to `others`."""
+    places = [(m._parameters, name, p) for m in owners for name, p in m._parameters.items() if p in others]
+    for parameters, name, parameter in places:
+        parameters[name] = others[parameter]  # type: ignore[index]
+    try:
+        yield
     finally:
-        graph.capture_end()
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
