@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.data.errors import DataError
+from megasparse.hub import HubError, local_tokenizer
 
 END_OF_DOCUMENT = "<|endoftext|>"
-HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-"""Files of a repository on the Hugging Face hub beside the weights, the tokenizer's among them."""
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 
 
@@ -83,7 +82,10 @@ def load_tokenizer(path: str, eod_token: str | None = None) -> TextTokenizer:
     `eod_token`: None takes the tokenizer's own end-of-sequence token. Raises DataError where there is no
     tokenizer or no such token.
     """
-    path = local_tokenizer(path)
+    try:
+        path = str(local_tokenizer(path))
+    except HubError as error:
+        raise DataError(str(error)) from None
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     backend: Any
@@ -108,24 +110,6 @@ def load_tokenizer(path: str, eod_token: str | None = None) -> TextTokenizer:
     if eod_token is None:
         raise DataError(f"tokenizer {path}: does not say which token ends a document; name it with --eod")
     return TextTokenizer(path, backend, eod_token)
-
-
-def local_tokenizer(path: str) -> str:
-    """The path as it is, or the folder to which a tokenizer of the Hugging Face hub was downloaded.
-
-    A folder gives the same tokens to all who read it: by name, transformers makes of most tokenizers one of its own
-    classes (`megasparse/hf/tokenizer_reading.py`). And without a network it asks for most of a minute, again and again.
-    Raises DataError where there is no such tokenizer.
-    """
-    if Path(path).exists():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(path, allow_patterns=list(HUB_FILES))
-    except Exception as error:  # the hub's client and its HTTP library raise many types
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{path}: neither a tokenizer here nor on the Hugging Face hub ({reason})") from None
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, directory: Path, progress: bool = False) -> TextTokenizer:

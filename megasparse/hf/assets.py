@@ -12,6 +12,7 @@ from megasparse.config import ConfigError
 from megasparse.config.vocab import tokenizer_vocab_size
 from megasparse.hf import tokenizer_reading
 from megasparse.hf.errors import ConvertError, first_line
+from megasparse.hub import HubError, local_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -43,8 +44,8 @@ def write_tokenizer(source: str, vocab_size: int, output: Path, model_type: str)
         ConvertError: there is no tokenizer, or it has more tokens than the model.
     """
     notes = []
-    source = _local(source)
-    tokenizer = _put(source, output, model_type)
+    path = _local(source)
+    tokenizer = _put(path, output, model_type)
     if not tokenizer_reading.encodes_alike(output, tokenizer):
         class_name = type(tokenizer).__name__
         tokenizer_reading.take_file_as_it_is(output)
@@ -56,13 +57,12 @@ def write_tokenizer(source: str, vocab_size: int, output: Path, model_type: str)
     size = max(tokenizer.get_vocab().values()) + 1
     if size > vocab_size:
         raise ConvertError(
-            f"tokenizer {source}: has {size} tokens, the model {vocab_size}; give the tokenizer that the model was "
+            f"tokenizer {path}: has {size} tokens, the model {vocab_size}; give the tokenizer that the model was "
             "trained with (--tokenizer PATH)"
         )
     if size < vocab_size:
         notes.append(f"the tokenizer uses {size} of the model's {vocab_size} tokens")
     ids = {key: value for key in _IDS if (value := getattr(tokenizer, key)) is not None}
-    path = Path(source)
     for name in ("config.json", GENERATION):
         found = _json((path if path.is_dir() else path.parent) / name)
         ids.update({key: value for key, value in found.items() if key in _IDS})
@@ -78,19 +78,15 @@ def suits_qwen2(source: str) -> bool:
         return tokenizer_reading.is_of_qwen2(Path(folder), _put(_local(source), Path(folder), "qwen2"))
 
 
-def _local(source: str) -> str:
-    from megasparse.data.errors import DataError
-    from megasparse.data.tokenizer import local_tokenizer
-
+def _local(source: str) -> Path:
     try:
         return local_tokenizer(source)
-    except DataError as error:
-        raise ConvertError(f"tokenizer {error}; {_ADVICE}") from None
+    except HubError as error:
+        raise ConvertError(f"tokenizer {error}; or {_ADVICE}") from None
 
 
-def _put(source: str, output: Path, model_type: str) -> Any:
+def _put(path: Path, output: Path, model_type: str) -> Any:
     """Copies or saves a tokenizer into the folder of a model and loads it there."""
-    path = Path(source)
     folder, file = (path, path / tokenizer_reading.FILE) if path.is_dir() else (path.parent, path)
     described = (folder / tokenizer_reading.SETTINGS).is_file()
     try:
@@ -104,7 +100,7 @@ def _put(source: str, output: Path, model_type: str) -> Any:
         return tokenizer_reading.load(output)
     except Exception as error:  # transformers raises many types
         raise ConvertError(
-            f"tokenizer {source}: does not load in transformers ({first_line(error)}); {_ADVICE}"
+            f"tokenizer {path}: does not load in transformers ({first_line(error)}); {_ADVICE}"
         ) from None
 
 

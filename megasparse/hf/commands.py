@@ -140,12 +140,13 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    from megasparse.hf.from_hf import MODEL_YAML, FromHf, convert_from_hf, download
+    from megasparse.hf.from_hf import MODEL_YAML, FromHf, convert_from_hf
     from megasparse.hf.output import check_target
+    from megasparse.hub import local_model
 
     check_target(args.output, args.overwrite)  # before a download
     options = FromHf(
-        model=Path(args.model) if Path(args.model).exists() else download(args.model),
+        model=local_model(args.model),
         output=args.output,
         dtype=args.dtype,
         down_by_neuron=_down_by_neuron(args),

@@ -10,10 +10,8 @@ import torch
 import yaml
 
 from megasparse.config import Config, parse_config
-from megasparse.data.tokenizer import HUB_FILES
 from megasparse.hf.assets import check_tokenizer, copy_assets, has_tokenizer
 from megasparse.hf.config import SourceModel
-from megasparse.hf.errors import ConvertError
 from megasparse.hf.megatron_files import write_checkpoint
 from megasparse.hf.model_folder import ModelFolder
 from megasparse.hf.output import output_folder
@@ -156,22 +154,3 @@ def _yaml(config: Config, output: Path) -> str:
         content["data"]["tokenizer"] = config.data.tokenizer
     head = "# The imported model. Name this file as `base` in the configuration of a run.\n"
     return head + yaml.safe_dump(content, sort_keys=False)
-
-
-def download(name: str) -> Path:
-    """A model of the Hugging Face hub, by name. Raises ConvertError where it cannot be had."""
-    from huggingface_hub import snapshot_download
-
-    def fetch(*patterns: str) -> Path:
-        # "consolidated": the same weights once more, in their authors' own format.
-        return Path(snapshot_download(name, allow_patterns=[*HUB_FILES, *patterns], ignore_patterns="consolidated*"))
-
-    try:
-        folder = fetch("*.safetensors")
-        return folder if any(folder.glob("*.safetensors")) else fetch("pytorch_model*.bin")
-    except Exception as error:  # the hub's client and its HTTP library raise many types
-        reason = " ".join(str(error).split())[:500]  # it says on a later line that a model is gated
-        raise ConvertError(
-            f"{name}: neither a folder here nor a model that could be downloaded from the Hugging Face hub "
-            f"({reason}); check the name and the network, and for a private or gated model run `hf auth login`"
-        ) from None

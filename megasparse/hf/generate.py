@@ -96,9 +96,9 @@ def _load(name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megasparse.hf.from_hf import download
+    from megasparse.hub import local_model
 
-    folder = Path(name) if Path(name).exists() else download(name)  # by name, transformers repeats failed requests
+    folder = local_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)

@@ -397,7 +397,7 @@ def test_a_tokenizer_of_the_hub(tmp_path: Path, tokenizer: TextTokenizer) -> Non
     settings["HF_ENDPOINT"] = "http://127.0.0.1:9"
     done = megasparse(*arguments, "toknizer", "--overwrite", **settings)
     assert done.returncode == 2
-    assert "toknizer: neither a tokenizer here nor on the Hugging Face hub" in done.stderr
+    assert "toknizer: neither a tokenizer here nor one that could be downloaded" in done.stderr
     assert "Retrying" not in done.stderr
 
 

@@ -93,7 +93,7 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path, commands: Command
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "none", "HF_HOME": str(tmp_path / "cache")}
     done = commands("convert", "from-hf", "some/model", tmp_path / "out", **nowhere)
     assert done.returncode == 2
-    assert "some/model: neither a folder here nor a model that could be downloaded" in done.stderr
+    assert "some/model: neither a model here nor one that could be downloaded" in done.stderr
     assert not (tmp_path / "out").exists()
     (tmp_path / "kept").mkdir()
     done = commands("convert", "from-hf", "some/model", tmp_path / "kept", **nowhere)
@@ -157,7 +157,7 @@ def test_push_fails_before_the_export(tmp_path: Path, commands: Commands) -> Non
                 out,
                 "some/model",
                 right,
-                "tokenizer moved/away: neither a tokenizer here nor on the Hugging Face hub",
+                "tokenizer moved/away: neither a tokenizer here nor one that could be downloaded",
             ),
             (checkpoint, tmp_path / "kept", "some/model", right, "kept: exists already"),
         ]

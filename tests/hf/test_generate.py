@@ -75,5 +75,5 @@ def test_a_mistyped_folder_is_named_at_once(tmp_path: Path) -> None:
     for name in ("runs/exprted", "exprted", str(tmp_path / "exprted")):
         done = megasparse("generate", name, "--prompt", "w3", **nowhere)
         assert done.returncode == 2
-        assert f"{name}: neither a folder here nor a model that could be downloaded" in done.stderr
+        assert f"{name}: neither a model here nor one that could be downloaded" in done.stderr
         assert "Retrying" not in done.stderr
