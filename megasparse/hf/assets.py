@@ -28,12 +28,23 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
-def write_tokenizer(source: str, vocab_size: int, output: Path, model_type: str) -> tuple[dict[str, Any], list[str]]:
+def find_tokenizer(name: str) -> Path:
+    """Where a Hugging Face folder, a tokenizer.json, or a tokenizer of the hub lies here; the last is downloaded.
+
+    Raises ConvertError where there is no tokenizer.
+    """
+    try:
+        return local_tokenizer(name)
+    except HubError as error:
+        raise ConvertError(f"tokenizer {error}; or {_ADVICE}") from None
+
+
+def write_tokenizer(path: Path, vocab_size: int, output: Path, model_type: str) -> tuple[dict[str, Any], list[str]]:
     """Put a tokenizer and what lies beside it into a model's folder, so that `AutoTokenizer` loads it there and
     encodes as training did.
 
     Args:
-        source: a Hugging Face folder, a tokenizer.json, or a name on the hub.
+        path: a Hugging Face folder, or a tokenizer.json.
         vocab_size: of the model, which must hold every token.
         model_type: of the model. The folder gets a config.json that says it alone.
 
@@ -41,10 +52,9 @@ def write_tokenizer(source: str, vocab_size: int, output: Path, model_type: str)
         bos_token_id, eos_token_id, pad_token_id, as far as the folder or the tokenizer knows them; and what to tell.
 
     Raises:
-        ConvertError: there is no tokenizer, or it has more tokens than the model.
+        ConvertError: transformers does not load it, or it has more tokens than the model.
     """
     notes = []
-    path = _local(source)
     tokenizer = _put(path, output, model_type)
     if not tokenizer_reading.encodes_alike(output, tokenizer):
         class_name = type(tokenizer).__name__
@@ -69,20 +79,13 @@ def write_tokenizer(source: str, vocab_size: int, output: Path, model_type: str)
     return ids, notes
 
 
-def suits_qwen2(source: str) -> bool:
+def suits_qwen2(path: Path) -> bool:
     """Whether transformers encodes as training did with this tokenizer in the folder of a Qwen2 model.
 
-    Raises ConvertError where there is no tokenizer.
+    Raises ConvertError where transformers does not load it.
     """
     with TemporaryDirectory() as folder:
-        return tokenizer_reading.is_of_qwen2(Path(folder), _put(_local(source), Path(folder), "qwen2"))
-
-
-def _local(source: str) -> Path:
-    try:
-        return local_tokenizer(source)
-    except HubError as error:
-        raise ConvertError(f"tokenizer {error}; or {_ADVICE}") from None
+        return tokenizer_reading.is_of_qwen2(Path(folder), _put(path, Path(folder), "qwen2"))
 
 
 def _put(path: Path, output: Path, model_type: str) -> Any:

@@ -124,7 +124,7 @@ def _to_hf(args: argparse.Namespace) -> int:
     if args.push:
         from megasparse.hf.push import prepare_push
 
-        check(options)  # a mistake must leave no empty repository
+        options = check(options)  # a mistake must leave no empty repository
         repository = prepare_push(args.push, args.private)
     with _interruptible("the same command goes on with what is missing"), _bar("exporting") as progress:
         result = convert_to_hf(options, progress)

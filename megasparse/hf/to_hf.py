@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megasparse.hf.architectures import Architecture, architecture_of
-from megasparse.hf.assets import suits_qwen2, write_generation_config, write_tokenizer
+from megasparse.hf.assets import find_tokenizer, suits_qwen2, write_generation_config, write_tokenizer
 from megasparse.hf.config import to_hf_config
 from megasparse.hf.errors import ConvertError
 from megasparse.hf.output import check_target, output_folder
@@ -139,14 +139,18 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     )
 
 
-def check(options: ToHf) -> None:
-    """Raises ConvertError for what `convert_to_hf` would refuse at its start. Writes nothing."""
+def check(options: ToHf) -> ToHf:
+    """Raises ConvertError for what `convert_to_hf` would refuse at its start. Writes nothing to the output.
+
+    Returns the options with the path of the tokenizer in place of its name on the hub, which so is asked once.
+    """
     source = open_checkpoint(options.checkpoint)
     tokenizer = _tokenizer(source, options)
     check_target(options.output, options.overwrite, _inputs(source, tokenizer))
     if tokenizer is not None:
         with TemporaryDirectory() as folder:
             write_tokenizer(tokenizer, source.vocab_size, Path(folder), architecture_of(source.model).model_type)
+    return replace(options, tokenizer=None if tokenizer is None else str(tokenizer))
 
 
 def to_dtype(tensor: Tensor, dtype: torch.dtype, path: Path, weight: Weight) -> Tensor:
@@ -184,20 +188,21 @@ class _Tensors:
         return self._current[1][index]
 
 
-def _fingerprint(source: Source, options: ToHf, dtype: torch.dtype, tokenizer: str | None) -> dict[str, Any]:
+def _fingerprint(source: Source, options: ToHf, dtype: torch.dtype, tokenizer: Path | None) -> dict[str, Any]:
     metadata = (source.path / ".metadata").stat()
     return {
         "checkpoint": str(source.path.resolve()),
         "saved": [metadata.st_mtime_ns, metadata.st_size],
         "dtype": str(dtype),
         "shard_bytes": options.shard_bytes,
-        "tokenizer": tokenizer,
+        "tokenizer": None if tokenizer is None else str(tokenizer),
     }
 
 
-def _tokenizer(source: Source, options: ToHf) -> str | None:
-    return None if options.no_tokenizer else options.tokenizer or source.tokenizer
+def _tokenizer(source: Source, options: ToHf) -> Path | None:
+    name = None if options.no_tokenizer else options.tokenizer or source.tokenizer
+    return None if name is None else find_tokenizer(name)
 
 
-def _inputs(source: Source, tokenizer: str | None) -> tuple[Path, ...]:
-    return (source.path, Path(tokenizer)) if tokenizer and Path(tokenizer).exists() else (source.path,)
+def _inputs(source: Source, tokenizer: Path | None) -> tuple[Path, ...]:
+    return (source.path,) if tokenizer is None else (source.path, tokenizer)

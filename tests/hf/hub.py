@@ -21,12 +21,14 @@ class Hub:
         refuse_commit: answer uploads with an error.
         model: a folder to serve as some/model; None: it is there and gated.
 
-    `files`: what was committed. `fetched`: names of files that were downloaded.
+    `files`: what was committed. `fetched`: names of files that were downloaded. `lookups`: times that some/model was
+    asked for its list of files.
     """
 
     def __init__(self, refuse_commit: bool = False, token: str = "hf_right", model: Path | None = None) -> None:
         self.files: dict[str, bytes] = {}
         self.fetched: list[str] = []
+        self.lookups = 0
         self.model = model
         self.created: list[dict[str, Any]] = []
         self.refuse_commit, self.token = refuse_commit, token
@@ -54,6 +56,7 @@ class Hub:
                     reason = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to some/model is restricted"}
                     self.answer(403, {}, reason)
                 elif hub.model is not None and path.startswith("/api/models/some/model/revision/"):
+                    hub.lookups += 1
                     names = [{"rfilename": file.name} for file in hub.model.iterdir()]
                     self.answer(200, {"id": "some/model", "sha": _COMMIT, "siblings": names})
                 elif hub.model is not None and path.startswith("/api/models/some/model/tree/"):

@@ -140,6 +140,22 @@ def test_push_uploads_the_folder(tmp_path: Path, commands: Commands) -> None:
     assert (tmp_path / "out/config.json").exists()
 
 
+def test_push_asks_the_hub_for_a_tokenizer_once(tmp_path: Path, commands: Commands) -> None:
+    """It is read to check it, to choose between Qwen2 and Llama, and to write it."""
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer")
+    raw = config_of("qwen2")
+    raw["data"]["tokenizer"] = "some/model"
+    checkpoint = write_plain(tmp_path / "checkpoint", raw)
+    with Hub(model=tmp_path / "tokenizer") as hub:
+        settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "cache")}
+        done = commands("convert", "to-hf", checkpoint, tmp_path / "out", "--push", "me/model", **settings)
+    assert done.returncode == 0, done.stderr
+    assert "LlamaForCausalLM with biases" in done.stdout
+    assert hub.lookups == 1
+    assert json.loads(hub.files["tokenizer.json"]) == json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
+
+
 def test_push_fails_before_the_export(tmp_path: Path, commands: Commands) -> None:
     raw = config_of("llama-tied")
     checkpoint = write_plain(tmp_path / "checkpoint", raw)
