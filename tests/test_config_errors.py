@@ -268,6 +268,7 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
     for name, content, rule in (
         ("data.bin", tokens[:-2], f"data.bin has {len(tokens) - 2} bytes, and its index counts {len(tokens)}"),
         ("data.idx", index[:-8], f"data.idx has {len(index) - 8} bytes instead of {len(index)}"),
+        ("data.idx", index[:17] + b"\x09" + index[18:], "data.idx holds tokens of type 9, which Megatron does not"),
         ("data.idx", index[:20], "data.idx is not the index of a Megatron data set"),
         ("data.idx", b"version https://git-lfs.github.com/spec/v1", "data.idx is not the index of a Megatron data set"),
     ):

@@ -12,7 +12,8 @@ import numpy as np
 _HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, type of a token, number of sequences, number of document bounds."""
 _MAGIC = b"MMIDIDX\x00\x00"
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+_TYPES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
+"""Of a token: the header holds the place of one of them, counted from 1."""
 _PART = 1 << 20
 """Entries of the index that are made at a time."""
 
@@ -43,7 +44,7 @@ class DatasetWriter:
     def finish(self) -> None:
         self.close()
         lengths = np.frombuffer(self._lengths, np.int32)
-        kind = 8 if self.dtype == np.uint16 else 4
+        kind = 1 + _TYPES.index(self.dtype.name)
         with self._index.open("wb") as file:
             file.write(_HEADER.pack(_MAGIC, 1, kind, len(lengths), len(lengths) + 1))
             file.write(lengths.data)
@@ -69,6 +70,8 @@ def damage(prefix: str) -> str | None:
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):
             return f"{index} is not the index of a Megatron data set"
         _, _, kind, sequences, bounds = _HEADER.unpack(header)
+        if not 1 <= kind <= len(_TYPES):
+            return f"{index} holds tokens of type {kind}, which Megatron does not have"
         lengths = _HEADER.size  # int32 each; then where each sequence begins and the bounds, int64 each
         begins = lengths + 4 * sequences
         whole = begins + 8 * (sequences + bounds)
@@ -80,7 +83,7 @@ def damage(prefix: str) -> str | None:
             (length,) = struct.unpack("<i", file.read(4))
             file.seek(begins + 8 * (sequences - 1))
             (begin,) = struct.unpack("<q", file.read(8))
-            counted = begin + length * _TOKEN_BYTES.get(kind, 0)
+            counted = begin + length * np.dtype(_TYPES[kind - 1]).itemsize
     actual = tokens.stat().st_size
     if actual != counted:
         return f"{tokens} has {actual} bytes, and its index counts {counted}"
