@@ -21,7 +21,7 @@ from megasparse.megatron.spec import NO_TRANSFORMER_ENGINE, have_transformer_eng
 def missing(recipe: Fp8Recipe) -> str | None:
     """Why this process cannot train with a recipe: a clause, or None where it can."""
     if not have_transformer_engine():
-        return f"needs Transformer Engine, which {NO_TRANSFORMER_ENGINE}"
+        return f"needs {NO_TRANSFORMER_ENGINE}"
     from megatron.core import fp8_utils
 
     manager = fp8_utils.FP8GlobalStateManager  # Transformer Engine's, from where this version of it has it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,13 +13,19 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megasparse.config import Config, ConfigError, Problem, RopeScaling
+from megasparse.config import Config, ConfigError, RopeScaling
 from megasparse.megatron.cpu_runtime import enable_cpu_runtime
 from megasparse.megatron.cross_entropy import cross_entropy
 from megasparse.megatron.fp8 import fp8_options
 from megasparse.megatron.init import initialize
 from megasparse.megatron.sparse_mlp import iter_sparse_mlps
-from megasparse.megatron.spec import block_spec, implementation_problem, layer_spec, resolve_implementation
+from megasparse.megatron.spec import (
+    block_spec,
+    implementation_problem,
+    layer_spec,
+    resolve_implementation,
+    without_transformer_engine,
+)
 
 
 def transformer_config(cfg: Config) -> TransformerConfig:
@@ -96,14 +101,13 @@ def transformer_config(cfg: Config) -> TransformerConfig:
 
 
 def _check_transformer_engine(cfg: Config) -> None:
-    training, problems = cfg.training, []
-    if problem := implementation_problem(cfg.model.implementation):
-        problems.append(problem)
-    layernorm = training.recompute == "selective" and "layernorm" in training.recompute_modules
-    if layernorm and importlib.util.find_spec("transformer_engine") is None:
-        rule = "Megatron-Core recomputes layernorm with Transformer Engine alone, which is not installed"
-        fix = "leave layernorm out, or install it (pip install 'transformer-engine[pytorch]')"
-        problems.append(Problem("training.recompute_modules", rule, fix, list(training.recompute_modules)))
+    training = cfg.training
+    found = [implementation_problem(cfg.model.implementation)]
+    if training.recompute == "selective" and "layernorm" in training.recompute_modules:
+        key, value = "training.recompute_modules", list(training.recompute_modules)
+        why = "Megatron-Core recomputes layernorm only with"
+        found.append(without_transformer_engine(key, value, why, "leave layernorm out"))
+    problems = [problem for problem in found if problem is not None]
     if problems:
         raise ConfigError(problems, host_specific=True)
 

@@ -32,7 +32,7 @@ from megasparse.megatron.sparse_mlp import Mode, SparseMLP
 
 Implementation = Literal["auto", "local", "te"]
 
-NO_TRANSFORMER_ENGINE = "cannot be used here (not installed, not importable, or no GPU)"
+NO_TRANSFORMER_ENGINE = "Transformer Engine, which cannot be used here (not installed, not importable, or no GPU)"
 
 
 @cache
@@ -45,12 +45,19 @@ def have_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
-def implementation_problem(implementation: Implementation) -> Problem | None:
-    """What keeps an implementation from being used here: Transformer Engine, where it is asked for and missing."""
-    if implementation != "te" or have_transformer_engine():
+def without_transformer_engine(key: str, value: Any, why: str, instead: str) -> Problem | None:
+    """What is wrong with a setting that asks for Transformer Engine where that cannot be used; None where it can."""
+    if have_transformer_engine():
         return None
-    fix = "install it (pip install 'transformer-engine[pytorch]'), or set auto or local"
-    return Problem("model.implementation", f"Transformer Engine {NO_TRANSFORMER_ENGINE}", fix, implementation)
+    fix = f"{instead}, or install it (pip install 'transformer-engine[pytorch]')"
+    return Problem(key, f"{why} {NO_TRANSFORMER_ENGINE}", fix, value)
+
+
+def implementation_problem(implementation: Implementation) -> Problem | None:
+    """What keeps an implementation from being used here."""
+    if implementation != "te":
+        return None
+    return without_transformer_engine("model.implementation", implementation, "is", "set auto or local")
 
 
 def resolve_implementation(implementation: Implementation) -> Literal["local", "te"]:

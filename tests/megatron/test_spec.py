@@ -49,7 +49,7 @@ def test_spec_for_megatron_lm() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
 def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
-    with pytest.raises(ConfigError, match="Transformer Engine cannot be used here") as alone:
+    with pytest.raises(ConfigError, match="Transformer Engine, which cannot be used here") as alone:
         layer_spec("te")
     cfg = make_config(
         model__implementation="te", training__recompute="selective", training__recompute_modules=["layernorm", "mlp"]
