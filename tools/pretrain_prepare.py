@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megasparse.config import Config, parse_config
 from megasparse.megatron.transfer import set_weights, weights_of
-from megasparse.monitoring.environment import describe_environment, write_json
+from megasparse.monitoring.environment import describe_environment
 from megasparse.monitoring.sparsity import LayerSparsity, SparsityMeter
+from megasparse.small_files import write_json
 from megasparse.training.data import StepLoader
 from megasparse.training.distributed import initialize, read_environment
 from megasparse.training.loop import Run, run_step, start

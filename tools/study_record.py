@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megasparse.monitoring.environment import read_json
 from megasparse.monitoring.report.data import Points, ReportError, Run
+from megasparse.small_files import read_json
 
 COMPARED = ("model", "sparsity", "parallel", "training", "optimizer")
 """Sections of the configuration that make two runs of one variant and seed the same run."""

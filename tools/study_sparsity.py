@@ -49,8 +49,8 @@ from study_record import COMPARED, read_records, read_run, write_records
 from study_tables import tables
 
 from megasparse.config import Config, ConfigError, Problem, check_files, load_config
-from megasparse.monitoring.environment import read_json
 from megasparse.monitoring.report import ReportError
+from megasparse.small_files import read_json
 from megasparse.training.checkpoint_files import list_checkpoints
 
 TOOLS = Path(__file__).resolve().parent

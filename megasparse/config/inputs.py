@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from megasparse.config.errors import ConfigError, Problem
 from megasparse.config.schema import Config
 from megasparse.data.index_file import damage
+from megasparse.small_files import read_json
 
 
 def check_files(cfg: Config) -> None:
@@ -91,11 +91,7 @@ def _damaged_data(cfg: Config) -> Iterator[Problem]:
 
 def describe_data(prefix: str) -> dict[str, Any]:
     """What `megasparse preprocess` wrote beside a data set; nothing for those of other tools."""
-    try:
-        data = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    return read_json(Path(prefix + ".json"))
 
 
 def _foreign_tokens(cfg: Config) -> Iterator[Problem]:

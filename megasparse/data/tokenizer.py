@@ -11,6 +11,7 @@ from typing import Any
 
 from megasparse.data.errors import DataError
 from megasparse.hub import HubError, local_tokenizer
+from megasparse.small_files import read_json
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
@@ -139,10 +140,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, directory: Path, prog
 
 def _configured_end(directory: Path) -> str | None:
     """`eos_token` of a Hugging Face tokenizer_config.json."""
-    try:
-        token = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError):
-        return None
+    token = read_json(directory / "tokenizer_config.json").get("eos_token")
     return token.get("content") if isinstance(token, dict) else token
 
 

@@ -13,6 +13,7 @@ from megasparse.config.vocab import tokenizer_vocab_size
 from megasparse.hf import tokenizer_reading
 from megasparse.hf.errors import ConvertError, first_line
 from megasparse.hub import HubError, local_tokenizer
+from megasparse.small_files import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -74,7 +75,7 @@ def write_tokenizer(path: Path, vocab_size: int, output: Path, model_type: str) 
         notes.append(f"the tokenizer uses {size} of the model's {vocab_size} tokens")
     ids = {key: value for key in _IDS if (value := getattr(tokenizer, key)) is not None}
     for name in ("config.json", GENERATION):
-        found = _json((path if path.is_dir() else path.parent) / name)
+        found = read_json((path if path.is_dir() else path.parent) / name)
         ids.update({key: value for key, value in found.items() if key in _IDS})
     return ids, notes
 
@@ -150,11 +151,3 @@ def _from_json(path: Path, output: Path) -> None:
         shutil.copyfile(path, output / "tokenizer.json")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.hf.errors import ConvertError
+from megasparse.small_files import read_json
 from megasparse.training.checkpoint_files import flush
 
 _MARKER = ".conversion.json"
@@ -132,7 +133,7 @@ def _take_over(partial: Path, fingerprint: dict[str, Any] | None) -> str | None:
     left = list(partial.iterdir())
     if not left:
         return None
-    if fingerprint is not None and _read(partial / _MARKER) == fingerprint:
+    if fingerprint is not None and read_json(partial / _MARKER) == fingerprint:
         return f"went on with what an interrupted conversion had left in {partial}"
     for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -154,13 +155,6 @@ def _put_in_place(partial: Path, target: Path, old: Path) -> None:
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _gib(count: int) -> str:

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megasparse.small_files import read_json
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -52,22 +54,14 @@ def encodes_alike(folder: Path, tokenizer: Any) -> bool:
 def is_of_qwen2(folder: Path, tokenizer: Any) -> bool:
     """Whether the folder's tokenizer is that of Qwen2 models, for every version of transformers: the one installed here
     loaded `tokenizer`, and versions before 5 go by the class that the files name."""
-    named = str(_settings(folder).get("tokenizer_class")).removesuffix("Fast")
+    named = str(read_json(folder / SETTINGS).get("tokenizer_class")).removesuffix("Fast")
     return encodes_alike(folder, tokenizer) and (named == "Qwen2Tokenizer" or not (folder / FILE).is_file())
 
 
 def take_file_as_it_is(folder: Path) -> None:
     """Name the class in tokenizer_config.json that takes all of tokenizer.json, in transformers 4 and 5."""
-    settings = {**_settings(folder), "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {**read_json(folder / SETTINGS), "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _texts(own: Tokenizer, added: set[str]) -> list[str]:

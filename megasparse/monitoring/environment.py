@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megasparse.small_files import read_json, write_json
 
 FILE_NAME = "run.json"
 _PACKAGES = ("megasparse", "torch", "megatron-core", "transformer-engine", "numpy", "transformers", "wandb")
@@ -60,27 +61,6 @@ def describe_environment(world_size: int) -> dict[str, Any]:
     if job := os.environ.get("SLURM_JOB_ID"):
         result["slurm_job_id"] = job
     return result
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace `path` atomically by `content` as JSON."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Replace `path` atomically by `content`."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; {} where there is none or it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def record_start(directory: Path, config: dict[str, Any], environment: dict[str, Any], step: int) -> None:

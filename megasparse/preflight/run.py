@@ -21,6 +21,7 @@ from megasparse.preflight.compare import Finding, Gathered, compare, culprits
 from megasparse.preflight.facts import arrival, existing_parent, gather_facts
 from megasparse.preflight.meeting import Deadline, Meeting, MeetingError
 from megasparse.preflight.network import measure
+from megasparse.small_files import write_json
 from megasparse.training.launch_environment import Launch, expand_nodelist, read_environment
 
 ARRIVAL, ANSWERS, NETWORK = 0.5, 0.75, 0.97
@@ -204,8 +205,6 @@ def _conclude(meeting: Meeting, gathered: Gathered, plan: dict[str, Any], option
 
 def write_report(path: Path, findings: Sequence[Finding]) -> None:
     """JSON: {"ok": bool, "hosts": [hosts at fault], "checks": [...]}; replaces an older one in one move."""
-    from megasparse.monitoring.environment import write_json
-
     checks = [dataclasses.asdict(finding) for finding in findings]
     failed = any(finding.status == "fail" for finding in findings)
     path.parent.mkdir(parents=True, exist_ok=True)

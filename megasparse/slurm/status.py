@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from megasparse.monitoring.record import Record, last_records
+from megasparse.small_files import read_json
 from megasparse.training.checkpoint_files import LATEST, read_latest
 from megasparse.training.heartbeat import HANG_FILE
 from megasparse.training.run_lock import lock_holder
@@ -173,10 +174,7 @@ def _look_at_lock(run: Path) -> tuple[str | None, bool]:
 
 def _hang(run: Path) -> str | None:
     """What the ranks wrote when nothing moved any more; gone when something does, or at the next start."""
-    try:
-        return str(json.loads((run / HANG_FILE).read_text())["reason"])
-    except (OSError, ValueError):
-        return None
+    return read_json(run / HANG_FILE).get("reason")
 
 
 def _ask_slurm(job: str | None) -> tuple[str, str | None, str | None] | None:

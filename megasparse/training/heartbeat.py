@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from megasparse.small_files import write_json
+
 log = logging.getLogger("megasparse")
 
 HANG_FILE = "hang.json"
@@ -108,9 +110,7 @@ class Heartbeat:
     def _write(self, beat: Beat) -> None:
         path = self._file(beat.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(beat)))
-        temporary.replace(path)
+        write_json(path, asdict(beat))
 
     def _file(self, rank: int) -> Path:
         return self._directory / FOLDER / f"rank_{rank:05d}.json"

@@ -21,7 +21,6 @@ first three under every launcher, and is not there after an error or a kill):
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import signal
 import subprocess
@@ -32,6 +31,8 @@ from enum import IntEnum
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType, TracebackType
+
+from megasparse.small_files import write_json
 
 EXIT_DONE = 0
 EXIT_REQUEUE = 75
@@ -187,9 +188,7 @@ def process_start_time() -> float:
 def write_exit_file(run_directory: Path, code: int, reason: str, step: int) -> None:
     """Writes `exit.json`: {"code", "requeue", "reason", "step"}; replaces an older one in one move."""
     record = {"code": code, "requeue": code == EXIT_REQUEUE, "reason": reason, "step": step}
-    temporary = run_directory / (EXIT_FILE + ".tmp")
-    temporary.write_text(json.dumps(record) + "\n")
-    temporary.replace(run_directory / EXIT_FILE)
+    write_json(run_directory / EXIT_FILE, record)
 
 
 def clear_exit_file(run_directory: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megasparse.monitoring.environment import read_json
 from megasparse.monitoring.record import Record, read_records
 from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink
 from megasparse.monitoring.sinks.wandb import STATE_FILE, WandbSink, step_offset
+from megasparse.small_files import read_json
 from tests.launch import free_port
 from tests.monitoring.wandb_file import OfflineRun, offline_runs
 from tests.monitoring.wandb_server import WandbServer

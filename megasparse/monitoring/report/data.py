@@ -13,6 +13,7 @@ import numpy as np
 from megasparse.monitoring import environment
 from megasparse.monitoring.record import Record, read_records
 from megasparse.monitoring.sinks.jsonl import FILE_NAME
+from megasparse.small_files import read_json
 
 Points = list[tuple[float, float]]
 """(step, value), in order of step; NaN where a value was not finite."""
@@ -48,7 +49,7 @@ class Run:
                 f"{path}: no training record to report on; give the directory that a run wrote its metrics.jsonl to "
                 "(logging.directory, by default the run directory)"
             )
-        described = environment.read_json(directory / environment.FILE_NAME)
+        described = read_json(directory / environment.FILE_NAME)
         self.config: dict[str, Any] = described.get("config", {})
         self.environment: dict[str, Any] = described.get("environment", {})
         self.starts: list[dict[str, Any]] = described.get("starts", [])

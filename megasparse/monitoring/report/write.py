@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from megasparse.monitoring.environment import write_text
 from megasparse.monitoring.report.charts import Series, bar_chart, byte_size, heat_map, line_chart, percent, short
 from megasparse.monitoring.report.data import Grid, ReportError, Run
 from megasparse.monitoring.report.page import fold, page, section, table, tiles
+from megasparse.small_files import write_text
 
 FILE_NAME = "report.html"
 

@@ -31,8 +31,8 @@ from typing import Any, Literal
 
 import wandb
 
-from megasparse.monitoring.environment import read_json, write_json
 from megasparse.monitoring.record import Record
+from megasparse.small_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
