@@ -17,7 +17,7 @@ from megasparse.hf.errors import ConvertError
 if TYPE_CHECKING:
     import torch
 
-    from megasparse.hf.to_hf import Converted
+    from megasparse.hf.conversion import Converted
     from megasparse.hf.verify import Comparison
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -164,8 +164,8 @@ def _from_hf(args: argparse.Namespace) -> int:
 
 
 def _hashes(args: argparse.Namespace) -> int:
+    from megasparse.hf.conversion import DTYPES
     from megasparse.hf.hashes import hash_of_list, hash_tensors
-    from megasparse.hf.to_hf import DTYPES
 
     hashes = []
     for item in hash_tensors(args.model, DTYPES.get(args.dtype), _down_by_neuron(args)):

@@ -12,11 +12,10 @@ import yaml
 from megasparse.config import Config, parse_config
 from megasparse.hf.assets import check_tokenizer, copy_assets, has_tokenizer
 from megasparse.hf.config import SourceModel
+from megasparse.hf.conversion import ASSETS_BYTES, DTYPES, Converted, Progress, adding_up, to_dtype
 from megasparse.hf.megatron_files import write_checkpoint
 from megasparse.hf.model_folder import ModelFolder
 from megasparse.hf.output import output_folder
-from megasparse.hf.tensors import Weight
-from megasparse.hf.to_hf import ASSETS_BYTES, DTYPES, Converted, Progress, to_dtype
 from megasparse.training.checkpoint_files import seal
 
 ASSETS = "hf"
@@ -53,19 +52,14 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
     source = ModelFolder(folder, options.down_by_neuron)
     described, listed = source.described, source.weights
     dtype = source.dtype if options.dtype == "auto" else DTYPES[options.dtype]
-    total = sum(_count(weight) for weight in listed) * dtype.itemsize
+    parameters = sum(weight.count for weight in listed)
+    total = parameters * dtype.itemsize
     tokenizer = has_tokenizer(folder) and not options.no_tokenizer
     if tokenizer:
         assert described.model.vocab_size is not None
         check_tokenizer(folder, described.model.vocab_size)
     notes = _notes(described, tokenizer)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
+    advance = adding_up(progress, total)
     with output_folder(
         options.output, needed=total + ASSETS_BYTES, overwrite=options.overwrite, inputs=(folder,)
     ) as place:
@@ -94,18 +88,11 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
         checkpoint=folder,
         architecture=described.architecture.class_name,
         dtype=dtype,
-        parameters=sum(_count(weight) for weight in listed),
+        parameters=parameters,
         nbytes=total,
         files=1,
         notes=notes,
     )
-
-
-def _count(weight: Weight) -> int:
-    count = 1
-    for size in weight.shape:
-        count *= size
-    return count
 
 
 def _notes(described: SourceModel, tokenizer: bool) -> list[str]:

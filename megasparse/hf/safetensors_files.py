@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import struct
 import zipfile
@@ -39,10 +40,7 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan_files(tensors: Iterable[Planned], limit: int) -> dict[str, list[Planned]]:

@@ -12,6 +12,7 @@ A `Weight` is one Megatron tensor, of one layer or of the whole model, and the H
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,6 +41,11 @@ class Weight:
     kind: Kind = "plain"
     shard: int | None = None
     units: int = 1
+
+    @property
+    def count(self) -> int:
+        """Of its numbers."""
+        return math.prod(self.shape)
 
     @property
     def where(self) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,19 +14,13 @@ from torch import Tensor
 from megasparse.hf.architectures import Architecture, architecture_of
 from megasparse.hf.assets import find_tokenizer, suits_qwen2, write_generation_config, write_tokenizer
 from megasparse.hf.config import to_hf_config
+from megasparse.hf.conversion import ASSETS_BYTES, DTYPES, Converted, Progress, adding_up, to_dtype
 from megasparse.hf.errors import ConvertError
 from megasparse.hf.output import check_target, output_folder
 from megasparse.hf.safetensors_files import INDEX, Planned, index_of, is_complete, plan_files, write_file
 from megasparse.hf.source import Source, open_checkpoint
 from megasparse.hf.tensors import Weight, hf_shapes, split, zero_tensors
 from megasparse.training.checkpoint_files import examine
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ASSETS_BYTES = 64 * 2**20
-"""Room planned for the tokenizer and the JSON files."""
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +35,6 @@ class ToHf:
     """None: the one that the run was trained with."""
     no_tokenizer: bool = False
     overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What was written."""
-
-    path: Path
-    checkpoint: Path
-    architecture: str
-    dtype: torch.dtype
-    parameters: int
-    nbytes: int
-    files: int
-    notes: list[str] = field(default_factory=list)
 
 
 def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) -> Converted:
@@ -94,13 +73,7 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
         complete = (group for name, group in files.items() if is_complete(folder / name, group))
         return sum(tensor.nbytes for group in complete for tensor in group)
 
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
+    advance = adding_up(progress, total)
     with output_folder(
         options.output,
         needed=total + ASSETS_BYTES,
@@ -151,14 +124,6 @@ def check(options: ToHf) -> ToHf:
         with TemporaryDirectory() as folder:
             write_tokenizer(tokenizer, source.vocab_size, Path(folder), architecture_of(source.model).model_type)
     return replace(options, tokenizer=None if tokenizer is None else str(tokenizer))
-
-
-def to_dtype(tensor: Tensor, dtype: torch.dtype, path: Path, weight: Weight) -> Tensor:
-    """The weight in another type. Raises ConvertError where it holds values that float16 has not."""
-    rounded = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and not bool(torch.isfinite(rounded).all()):
-        raise ConvertError(f"{path}: {weight.where} has values beyond float16's range; give --dtype bf16 or fp32")
-    return rounded
 
 
 class _Tensors:

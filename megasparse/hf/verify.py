@@ -102,7 +102,7 @@ def compare(
 
 def _check_memory(source: Source, tokens: int) -> None:
     """Raises ConvertError where two copies of the model in fp32 and the outputs of both do not fit."""
-    parameters = sum(math.prod(weight.shape) for weight in source.weights)
+    parameters = sum(weight.count for weight in source.weights)
     outputs = tokens * ((source.model.num_layers + 1) * source.model.hidden_size + 2 * source.vocab_size)
     needed, free = 4 * (2 * parameters + 2 * outputs), psutil.virtual_memory().available
     if needed > free:
