@@ -84,11 +84,21 @@ def load_tokenizer(path: str, eod_token: str | None = None) -> TextTokenizer:
     tokenizer or no such token.
     """
     try:
-        path = str(local_tokenizer(path))
+        place = local_tokenizer(path)
     except HubError as error:
         raise DataError(str(error)) from None
-    file = Path(path)
-    file = file / "tokenizer.json" if file.is_dir() else file
+    backend, end = read_backend(place)
+    eod_token = eod_token or end
+    if eod_token is None:
+        raise DataError(f"tokenizer {place}: does not say which token ends a document; name it with --eod")
+    return TextTokenizer(str(place), backend, eod_token)
+
+
+def read_backend(path: Path) -> tuple[Any, str | None]:
+    """What `tokenizers` makes of a tokenizer.json or, where there is none, transformers of a folder; and the token that
+    ends a document, where the files tell it. Raises DataError where there is no tokenizer.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
     backend: Any
     if file.is_file():
         from tokenizers import Tokenizer
@@ -97,20 +107,15 @@ def load_tokenizer(path: str, eod_token: str | None = None) -> TextTokenizer:
             backend = Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception
             raise DataError(f"{file}: not a tokenizer.json ({error})") from None
-        eod_token = eod_token or _configured_end(file.parent) or _known_end(backend)
-    else:
-        from transformers import AutoTokenizer
+        return backend, _configured_end(file.parent) or _known_end(backend)
+    from transformers import AutoTokenizer
 
-        try:
-            backend = AutoTokenizer.from_pretrained(path, use_fast=False, local_files_only=True)
-        except Exception as error:  # no such files, missing sentencepiece: many types
-            raise DataError(f"{path}: holds no tokenizer that transformers loads ({error})") from None
-        inner = getattr(backend, "backend_tokenizer", None)
-        eod_token = eod_token or backend.eos_token
-        backend = inner if inner is not None else backend
-    if eod_token is None:
-        raise DataError(f"tokenizer {path}: does not say which token ends a document; name it with --eod")
-    return TextTokenizer(path, backend, eod_token)
+    try:
+        backend = AutoTokenizer.from_pretrained(path, use_fast=False, local_files_only=True)
+    except Exception as error:  # no such files, missing sentencepiece: many types
+        raise DataError(f"{path}: holds no tokenizer that transformers loads ({error})") from None
+    inner = getattr(backend, "backend_tokenizer", None)
+    return inner if inner is not None else backend, backend.eos_token
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, directory: Path, progress: bool = False) -> TextTokenizer:
