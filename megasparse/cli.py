@@ -11,7 +11,6 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 import traceback
 import warnings
@@ -23,6 +22,7 @@ from typing import Any, NoReturn
 import megasparse
 from megasparse.hf.commands import add_convert
 from megasparse.hf.generate import add_generate
+from megasparse.host import host_name
 from megasparse.slurm.commands import add_launch, add_status
 
 EXIT_MISTAKE = 2
@@ -77,7 +77,7 @@ def _print_mistake(error: Exception) -> None:
     if rank == 0:
         print(f"megasparse: {error}", file=sys.stderr)
     elif not isinstance(error, ConfigError) or error.host_specific:
-        print(f"megasparse (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr)
+        print(f"megasparse (rank {rank} on {host_name()}): {error}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:

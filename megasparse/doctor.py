@@ -6,7 +6,6 @@ the machine promises. Nothing is built, downloaded or changed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -22,6 +21,8 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from megasparse.host import installed_version
 
 Status = Literal["ok", "warn", "fail"]
 MEGATRON_VERSIONS = ((0, 16, 1), (0, 20))
@@ -75,13 +76,6 @@ def print_checks(checks: list[Check], as_json: bool = False) -> None:
     console.print(f"{failed} failed, {warned} warnings, {len(checks) - failed - warned} in order")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     head = version.split("+")[0].split(".")
     return tuple(int(part) if part.isdigit() else 0 for part in head[:3])
@@ -92,7 +86,7 @@ def _python() -> Iterator[Check]:
 
 
 def _torch() -> Iterator[Check]:
-    version = _version("torch")
+    version = installed_version("torch")
     if version is None:
         yield Check("PyTorch", "fail", "not installed", "nothing works", "install megasparse with its dependencies")
         return
@@ -103,7 +97,7 @@ def _torch() -> Iterator[Check]:
 
 
 def _megatron_core() -> Iterator[Check]:
-    version = _version("megatron-core")
+    version = installed_version("megatron-core")
     if version is None:
         yield Check("Megatron-Core", "fail", "not installed", "no training", "pip install megatron-core")
         return
@@ -192,7 +186,7 @@ def _has_cuda() -> bool:
 
 
 def _transformer_engine() -> Iterator[Check]:
-    version = _version("transformer-engine") or _version("transformer-engine-torch")
+    version = installed_version("transformer-engine") or installed_version("transformer-engine-torch")
     if version is None:
         cost = "attention, norms and projections use PyTorch's operators (somewhat slower on GPUs)"
         yield Check("Transformer Engine", "warn" if _has_cuda() else "ok", "not installed", cost)
@@ -216,7 +210,7 @@ def _transformer_engine() -> Iterator[Check]:
 
 def _apex() -> Iterator[Check]:
     if importlib.util.find_spec("apex") is not None:
-        yield Check("Apex", "ok", _version("apex") or "installed")
+        yield Check("Apex", "ok", installed_version("apex") or "installed")
     elif importlib.util.find_spec("transformer_engine") is not None:
         yield Check("Apex", "ok", "not installed", "not needed beside Transformer Engine")
     else:
@@ -270,7 +264,7 @@ def _kernels() -> Iterator[Check]:
 
 
 def _wandb() -> Iterator[Check]:
-    version = _version("wandb")
+    version = installed_version("wandb")
     if version is None:
         yield Check("W&B", "warn", "not installed", "only logging.wandb.mode: disabled works", "pip install wandb")
         return

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megasparse.host import host_name, installed_version
 from megasparse.small_files import read_json, write_json
 
 FILE_NAME = "run.json"
@@ -38,17 +37,12 @@ def git_commit() -> str | None:
 
 def describe_environment(world_size: int) -> dict[str, Any]:
     """Versions, hardware and job of this process. Holds no environment variables but SLURM's job id."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {package: version for package in _PACKAGES if (version := installed_version(package))}
     result: dict[str, Any] = {
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "host": socket.gethostname(),
+        "host": host_name(),
         "cpu_count": os.cpu_count(),
         "world_size": world_size,
         "versions": versions,

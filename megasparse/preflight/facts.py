@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -19,7 +18,7 @@ import torch
 
 import megasparse
 from megasparse.config import Config, ConfigError, LoadedConfig, check_files, load_with_origins
-from megasparse.host import host_name
+from megasparse.host import host_name, installed_version
 from megasparse.training.launch_environment import Launch
 
 Facts = dict[str, Any]
@@ -108,11 +107,7 @@ def code_hashes() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Of Python, packages, CUDA, NCCL and driver. Imports what training imports: a broken library shows here."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: installed_version(package) or "not installed" for package in PACKAGES}
     found["torch"] = torch.__version__
     found["CUDA"] = torch.version.cuda or "none"
     if torch.cuda.is_available() and torch.distributed.is_nccl_available():
