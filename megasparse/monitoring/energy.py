@@ -6,6 +6,8 @@ import logging
 
 import torch
 
+from megasparse.monitoring.nvml import open_device
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,12 +24,7 @@ class EnergyMeter:
         if not torch.cuda.is_available():
             return
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            # By UUID: NVML's numbering ignores CUDA_VISIBLE_DEVICES.
-            uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            pynvml, handle = open_device(torch.device("cuda", torch.cuda.current_device()))
             self._last = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000.0
             self._pynvml, self._handle = pynvml, handle
         except Exception as error:  # a missing driver library raises OSError, NVML its own errors

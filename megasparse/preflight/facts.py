@@ -19,6 +19,7 @@ import torch
 import megasparse
 from megasparse.config import Config, ConfigError, LoadedConfig, check_files, load_with_origins
 from megasparse.host import host_name, installed_version
+from megasparse.monitoring.nvml import open_device
 from megasparse.training.launch_environment import Launch
 
 Facts = dict[str, Any]
@@ -208,11 +209,7 @@ def examine_gpu(launch: Launch) -> dict[str, Any]:
 def _driver_counts(device: torch.device) -> dict[str, Any]:
     """Uncorrected memory errors since the driver was loaded, rows that could not be remapped; or {}."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        pynvml, handle = open_device(device)
     except Exception:  # no driver library: NVML's own errors, OSError; the product's rate still counts
         return {}
     queries: dict[str, Callable[[], Any]] = {
