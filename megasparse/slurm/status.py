@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import json
 import statistics
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from megasparse.monitoring.record import Record, last_records
+from megasparse.monitoring.sinks.console import duration
 from megasparse.small_files import read_json
 from megasparse.training.checkpoint_files import LATEST, read_latest
 from megasparse.training.heartbeat import HANG_FILE
@@ -143,18 +143,14 @@ def print_status(status: Status) -> None:
     if status.tokens_per_second is not None:
         print(f"  tokens/s  {status.tokens_per_second:,.0f}")
     if status.eta_seconds:
-        print(f"  ETA       {_duration(status.eta_seconds)}, at the pace of the last steps")
+        print(f"  ETA       {duration(status.eta_seconds)}, at the pace of the last steps")
     if status.seconds_since_step is not None:
         pace = f"; a step takes {status.seconds_a_step:.3g} s" if status.seconds_a_step is not None else ""
-        print(f"  last step {_duration(status.seconds_since_step)} ago{pace}")
+        print(f"  last step {duration(status.seconds_since_step)} ago{pace}")
     if status.seconds_since_checkpoint is not None:
-        print(f"  saved     {status.checkpoint}, {_duration(status.seconds_since_checkpoint)} ago")
+        print(f"  saved     {status.checkpoint}, {duration(status.seconds_since_checkpoint)} ago")
     if status.log:
         print(f"  log       {status.log}")
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _newest_logs(run: Path) -> Path | None:
