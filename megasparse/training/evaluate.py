@@ -65,12 +65,17 @@ def run_validation(
     loader.close()
     if reason != StopReason.NONE:
         return {}, reason
-    mean = total / tokens if tokens else math.nan
+    return validation_metrics(total, tokens, counts.l0 if counts is not None else []), reason
+
+
+def validation_metrics(loss: float, tokens: float, l0: Sequence[float]) -> Metrics:
+    """From the summed loss of so many tokens and the L0 of every layer, or of none where it was not counted."""
+    mean = loss / tokens if tokens else math.nan
     metrics: Metrics = {"eval/loss": mean, "eval/ppl": math.exp(mean) if mean < 700 else math.inf}
-    if counts is not None:
-        metrics["eval/l0"] = sum(counts.l0) / len(counts.l0)
-        metrics.update({f"eval/layer_{layer}/l0": value for layer, value in enumerate(counts.l0)})
-    return metrics, reason
+    if l0:
+        metrics["eval/l0"] = sum(l0) / len(l0)
+        metrics.update({f"eval/layer_{layer}/l0": value for layer, value in enumerate(l0)})
+    return metrics
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from megasparse.training.callbacks import Metrics
 from megasparse.training.data import StepLoader
 from megasparse.training.datasets import build_datasets, validation_samples
 from megasparse.training.distributed import initialize, read_environment, shut_down
-from megasparse.training.evaluate import print_metrics, with_training_data
+from megasparse.training.evaluate import print_metrics, validation_metrics, with_training_data
 
 
 def evaluate_folder(folder: Path, overrides: Sequence[str] = ()) -> Metrics:
@@ -136,10 +135,4 @@ def _measure(cfg: Config, model: Any, loader: StepLoader, described: SourceModel
         handle.remove()
     dist.all_reduce(sums)
     loss, tokens, *active = sums.tolist()
-    mean = loss / tokens if tokens else math.nan
-    metrics: Metrics = {"eval/loss": mean, "eval/ppl": math.exp(mean) if mean < 700 else math.inf}
-    if hooks and tokens:
-        l0 = [value / tokens for value in active]
-        metrics["eval/l0"] = sum(l0) / len(l0)
-        metrics.update({f"eval/layer_{layer}/l0": value for layer, value in enumerate(l0)})
-    return metrics
+    return validation_metrics(loss, tokens, [value / tokens for value in active] if hooks and tokens else [])
