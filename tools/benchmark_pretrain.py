@@ -35,6 +35,7 @@ Writes results.json (after every stage), results.png and tables.txt to `--out`; 
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -202,6 +203,12 @@ def larger(bench: Bench, sparse: Variant, layers: list[LayerSparsity], l0: float
         bench.record["variants"].pop(variant.name, None)
         bench.say(f"micro-batch {size} does not fit: {str(error).splitlines()[0]}")
     variant.loader.close()
+    if sparse.run.graphs is not None:  # which are those of the old micro-batch again after two steps
+        back = dataclasses.replace(sparse, loader=bench.loader(sparse.cfg, sparse.run))
+        back.prepare()
+        for _ in range(2):
+            back.step()
+        back.loader.close()
     bench.write()
 
 

@@ -165,6 +165,8 @@ def note_memory(bench: Bench, variant: Variant, others: list[Run], l0: float) ->
     both of each rank.
     """
     variant.prepare()
+    if variant.run.graphs is not None and not variant.settings.get("use_graphs", True):
+        variant.run.graphs.release()  # others have them captured again
     clean()
     elsewhere = [tensor for run in others if run is not variant.run for tensor in resident(run)]
     state = variant.run.state

@@ -25,6 +25,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megasparse.config import Config, parse_config
 from megasparse.megatron import SparseMLP, build_model, iter_sparse_mlps, layer_spec, transformer_config
+from megasparse.megatron.attention_graphs import AttentionGraphs, LayerGraphs
 from megasparse.megatron.init import fill_normal, global_name
 from megasparse.megatron.torch_adam import prepare_torch_adam
 
@@ -539,3 +540,15 @@ def mlp_inside_fp8(recipe: str, path: str) -> dict[str, dict[str, np.ndarray[Any
         return {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
 
     return {"outside": run(False, False), "inside": run(True, False), "recomputed": run(True, True)}
+
+
+def attention_in_flight(config: dict[str, Any]) -> Any:
+    """A step whose layers would use CUDA graphs and have none: (micro-batches at a time in each layer, and left over at
+    its end; gradient shards)."""
+    cfg = make_config(**config)
+    start(cfg)
+    tiny = Model(cfg)
+    AttentionGraphs(tiny.ddp)
+    tiny.forward_backward()
+    layers = [module for chunk in tiny.ddp for module in chunk.modules() if isinstance(module, LayerGraphs)]
+    return [(layer.most_in_flight, layer.in_flight) for layer in layers], tiny.shards(gradients=True)
