@@ -194,7 +194,9 @@ def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None] |
     file = run / EXIT_FILE
     if not file.is_file() or (last is not None and file.stat().st_mtime < last.time):
         return None
-    end = json.loads(file.read_text())
+    end = read_json(file)
+    if not end:
+        return None
     if end.get("code") == EXIT_DONE:
         return "done", None, None
     return "stopped" if end.get("requeue") else "ended", f"{end.get('reason')} after step {end.get('step')}", None
