@@ -100,7 +100,12 @@ def _add_preprocess(commands: Any) -> None:
         description="Writes OUTPUT.bin and OUTPUT.idx (Megatron's format) and OUTPUT.json (counts). Nothing is "
         "written, and nothing replaced, unless all of it succeeds.",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl, .parquet (.gz too), or a folder")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=".txt, .jsonl (packed too: .gz, .bz2, .xz, .zst), .parquet, or a folder",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="path without .bin/.idx")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, Hugging Face folder or hub name")
@@ -120,7 +125,10 @@ def _add_preprocess(commands: Any) -> None:
     parser.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or Parquet column (%(default)s)")
     parser.add_argument("--per-line", action="store_true", help="each line of a text file is a document, not the file")
     parser.add_argument(
-        "--include", action="append", metavar="GLOB", help="file names taken from folders (*.txt, *.jsonl, *.parquet)"
+        "--include",
+        action="append",
+        metavar="GLOB",
+        help="file names taken from folders (*.txt, *.jsonl, *.ndjson, these packed, *.parquet)",
     )
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="GLOB", help="files or folders left out of folders"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from megasparse.data.errors import DataError
+from megasparse.data.packed import NOT_READ, PACKED, UNPACKING_ERRORS, explain, inner_suffix, unpacked
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-DEFAULT_INCLUDE = ("*.txt", "*.jsonl", "*.ndjson", "*.parquet", "*.txt.gz", "*.jsonl.gz")
+DEFAULT_INCLUDE = (
+    "*.parquet",
+    *(f"*{kind}{packed}" for kind in (".txt", ".jsonl", ".ndjson") for packed in ("", *PACKED)),
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def find_files(
 
     `include`: glob patterns of file names, for folders. `exclude`: patterns of a file's or a folder's name,
     or of the path below the folder. `shuffle_seed`: shuffle the files. Raises DataError for what is not
-    there, or for nothing found.
+    there, for what cannot be unpacked, or for nothing found.
     """
     files: list[Path] = []
     for name in inputs:
@@ -80,6 +81,9 @@ def find_files(
             files.append(path)
         else:
             raise DataError(f"{path}: no such file or folder")
+    for path in files:
+        if inner_suffix(path) in NOT_READ:
+            raise DataError(f"{path}: not read as it is packed; unpack it, or pack its files as {', '.join(PACKED)}")
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(files)
     return files
@@ -94,9 +98,10 @@ def read_documents(file: Path, text_key: str = "text", per_line: bool = False) -
     """Documents of one file, by its suffix.
 
     `.jsonl`: one JSON object a line. `.parquet`: one row. Else plain text: the whole file, or each line where
-    `per_line`. `.gz` files are unpacked. Raises DataError, naming file and line, for what cannot be read.
+    `per_line`. Packed files (`packed.PACKED`) are unpacked. Raises DataError, naming file and line, for what cannot
+    be read.
     """
-    kind = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    kind = inner_suffix(file)
     try:
         if kind == ".parquet":
             yield from _read_parquet(file, text_key)
@@ -104,14 +109,14 @@ def read_documents(file: Path, text_key: str = "text", per_line: bool = False) -
             yield from _read_lines(file)
         else:
             yield from _read_text(file, per_line)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from None
+    except UNPACKING_ERRORS as error:
+        raise DataError(f"{file}: cannot be read ({explain(error)})") from None
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
     """Line number from 1, line without its end, bytes of the file (packed, if it is) that it accounts for."""
     with open(file, "rb") as packed:
-        stream: Any = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
+        stream = unpacked(file, packed)
         before = 0
         for number, line in enumerate(stream, 1):
             used = len(line) if stream is packed else packed.tell() - before
@@ -131,8 +136,8 @@ def _read_text(file: Path, per_line: bool) -> Iterator[Record]:
             if line.strip():
                 yield Record(line, f"{file}:{number}", used)
         return
-    data = file.read_bytes()
-    yield Record(gzip.decompress(data) if file.suffix == ".gz" else data, str(file), len(data))
+    with open(file, "rb") as packed:
+        yield Record(unpacked(file, packed).read(), str(file), file.stat().st_size)
 
 
 def _decode(data: bytes, where: str) -> str:

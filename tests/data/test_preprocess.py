@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import resource
 import shutil
@@ -13,6 +15,7 @@ import sys
 import time
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,14 @@ TEXTS = [
     "x",
     "the quick brown fox " * 50,
 ]
+
+
+PACKERS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": partial(pa.compress, codec="zstd", asbytes=True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +148,11 @@ def test_without_end_of_document(tmp_path: Path, tokenizer: TextTokenizer) -> No
 def test_every_format_gives_the_same_tokens(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     texts = [text for text in TEXTS if "\r" not in text]
     inputs = {"jsonl": [write_jsonl(tmp_path / "a.jsonl", texts)]}
-    packed = tmp_path / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(inputs["jsonl"][0].read_bytes()))
-    inputs["gz"] = [packed]
+    for suffix, pack in PACKERS.items():
+        packed = tmp_path / f"b.jsonl.{suffix}"
+        whole = inputs["jsonl"][0].read_bytes()
+        packed.write_bytes(pack(whole[:99]) + pack(whole[99:]))  # as parallel packers write them, and cat joins them
+        inputs[suffix] = [packed]
     table = pa.table({"text": pa.array(texts), "n": pa.array(range(len(texts)))})
     pq.write_table(table, tmp_path / "c.parquet", row_group_size=2)
     inputs["parquet"] = [tmp_path / "c.parquet"]
@@ -149,6 +162,11 @@ def test_every_format_gives_the_same_tokens(tmp_path: Path, tokenizer: TextToken
         (folder / f"{i}.txt").write_bytes(text.encode())
     (folder / "not-text.png").write_bytes(b"\xff\xfe")
     inputs["txt"] = [folder]
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for text, (i, (suffix, pack)) in zip(texts, enumerate([("", bytes), *PACKERS.items()]), strict=True):
+        (mixed / f"{i}.txt{suffix and '.'}{suffix}").write_bytes(pack(text.encode()))
+    inputs["packed txt"] = [mixed]
     written = {}
     for name, files in inputs.items():
         preprocess(PreprocessOptions([str(f) for f in files], tmp_path / f"out-{name}", tokenizer=tokenizer.path))
@@ -249,8 +267,11 @@ def test_damaged_parquet_and_text(tmp_path: Path, tokenizer: TextTokenizer) -> N
     assert "cut.parquet: not a Parquet file" in run("cut.parquet")
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
     assert "latin.txt: not UTF-8 (byte 2" in run("latin.txt")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 100)[:-12])
-    assert "cut.jsonl.gz: cannot be read" in run("cut.jsonl.gz")
+    for suffix, pack in PACKERS.items():
+        (tmp_path / f"cut.jsonl.{suffix}").write_bytes(pack(b'{"text": "abc"}\n' * 100)[:-12])
+        assert f"cut.jsonl.{suffix}: cannot be read" in run(f"cut.jsonl.{suffix}")
+        (tmp_path / f"not.txt.{suffix}").write_text("not packed at all")
+        assert f"not.txt.{suffix}: cannot be read" in run(f"not.txt.{suffix}")
     packed = bytearray(gzip.compress(b"abc" * 100))
     packed[10] |= 6  # a kind of block that does not exist
     (tmp_path / "block.txt.gz").write_bytes(packed)
@@ -258,6 +279,23 @@ def test_damaged_parquet_and_text(tmp_path: Path, tokenizer: TextTokenizer) -> N
     assert "absent.txt: no such file or folder" in run("absent.txt")
     (tmp_path / "empty.txt").write_text("")
     assert "no text in" in run("empty.txt")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.jsonl.lz4", "a.tgz"])
+def test_what_is_not_unpacked_is_refused(name: str, tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """A tar archive of texts is valid UTF-8: it would be learned with its headers."""
+    source = tmp_path / name
+    source.write_bytes(gzip.compress(b"text") if name.endswith("gz") else b"text")
+    with pytest.raises(DataError, match=rf"{name}: not read as it is packed; unpack it.*\.zst"):
+        preprocess(PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path))
+
+
+def test_a_window_too_large_is_explained(tmp_path: Path) -> None:
+    """`zstd --long=31`, as some published corpora are packed."""
+    header = b"\x28\xb5\x2f\xfd" + b"\x00" + b"\xa8"  # no content size, a window of 2^31 bytes
+    (tmp_path / "a.jsonl.zst").write_bytes(header + b"\x01\x00\x00")
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: cannot be read .*zstd -d --long=31"):
+        list(read_documents(tmp_path / "a.jsonl.zst"))
 
 
 def test_existing_output_is_kept(tmp_path: Path, tokenizer: TextTokenizer) -> None:

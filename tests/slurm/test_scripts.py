@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megasparse.data.documents import DEFAULT_INCLUDE
 from tests.slurm.runs import ROOT
 
 LAUNCHERS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -140,6 +141,18 @@ def test_an_array_that_would_lose_or_repeat_files_is_refused(
         assert done.stdout == ""
     else:
         assert re.findall(r"/(\d)\.txt", done.stdout) == files.split()
+
+
+def test_an_array_takes_the_files_that_preprocess_takes_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "site.sh").touch()
+    taken = [f"a{pattern[1:]}" for pattern in DEFAULT_INCLUDE]
+    for name in (*taken, "a.png", "a.txt.zip", "atxt", "a.zst", "a.gz.txt.gz.part"):
+        (tmp_path / name).touch()
+    done = bash(
+        'MEGASPARSE_ROOT=$root bash "$root/slurm/preprocess.sbatch" shard "$1" --tokenizer words',
+        str(tmp_path), MEGASPARSE_PYTHON="echo", MEGASPARSE_SITE=str(tmp_path / "site.sh"),
+    )  # fmt: skip
+    assert set(re.findall(rf"{tmp_path}/(\S+)", done.stdout)) == set(taken), done.stderr
 
 
 class FakeSlurm:
