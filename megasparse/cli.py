@@ -30,8 +30,8 @@ OVERRIDES = "a.b=c"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 a check failed (`doctor`, `preflight`) or storage or network did, 2 a
-    mistake, which it explains.
+    """Run one command and exit: 0 done, 1 a check failed (`doctor`, `preflight`, `--dry-run`) or storage or network
+    did, 2 a mistake, which it explains.
 
     `pretrain` has further codes: `megasparse.training.signals`.
     """
@@ -158,7 +158,10 @@ def _add_pretrain(commands: Any) -> None:
     parser = commands.add_parser(
         "pretrain",
         help="train a model as a YAML file says",
-        description="On several GPUs start it with torchrun or srun: one process a GPU.",
+        description="On several GPUs start it with torchrun or srun: one process a GPU. Exit code 0: all steps are "
+        "done; 75: stopped early and saved, the same command goes on; 65: the loss stayed not finite; 2: a mistake in "
+        "the configuration. Of --dry-run, 0: it could start here; 1: something is missing, named below the plan, or it "
+        "does not fit --gpu-memory; 2: a mistake in the configuration.",
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file")
     _add_overrides(parser)
@@ -166,7 +169,7 @@ def _add_pretrain(commands: Any) -> None:
     plan = parser.add_argument_group("with --dry-run")
     plan.add_argument("--world-size", type=int, metavar="N", help="GPUs of the job (the smallest that fits)")
     plan.add_argument("--l0", type=_positive, metavar="L0", help="active neurons per token to assume")
-    plan.add_argument("--gpu-memory", type=_positive, metavar="GIB", help="warn where a GPU of this size is too small")
+    plan.add_argument("--gpu-memory", type=_positive, metavar="GIB", help="fail where a GPU of this size is too small")
     parser.set_defaults(run=_pretrain)
 
 
@@ -290,8 +293,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     if args.dry_run:
         from megasparse.plan_text import print_plan
 
-        print_plan(loaded, args.world_size, args.l0, args.gpu_memory)
-        return 0
+        return int(not print_plan(loaded, args.world_size, args.l0, args.gpu_memory))
     check_files(loaded.config)
     check_directories(loaded.config)
     _quiet_megatron()

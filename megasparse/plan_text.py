@@ -9,7 +9,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megasparse.config import Config, ConfigError, LoadedConfig, check_files
+from megasparse.config import Config, ConfigError, LoadedConfig, check_directories, check_files
+from megasparse.data.errors import DataError
 from megasparse.plan import Plan, StageMemory, make_plan
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -17,11 +18,11 @@ GIB, MIB = 1 << 30, 1 << 20
 
 def print_plan(
     loaded: LoadedConfig, world_size: int | None = None, l0: float | None = None, gpu_memory: float | None = None
-) -> None:
+) -> bool:
     """Print everything; `world_size` None: the launcher's, else the smallest that holds the model.
 
-    `l0`: active neurons per token to assume. `gpu_memory`: GiB of one GPU, to compare with. Raises ConfigError
-    where the layout does not fit.
+    `l0`: active neurons per token to assume. `gpu_memory`: GiB of one GPU, to compare with. Returns whether the run
+    could start here and, by the estimate, fits `gpu_memory`. Raises ConfigError where the layout does not fit.
     """
     cfg = loaded.config
     said = world_size is not None
@@ -40,11 +41,23 @@ def print_plan(
     console.print(_layout(cfg, plan, said))
     console.print(_parameters(plan))
     console.print(_memory(cfg, plan, gpu_memory))
-    try:
-        check_files(cfg)
-    except ConfigError as error:
+    missing = _missing(cfg)
+    if missing:
         console.print("[yellow]Before this can run:[/yellow]")
-        console.print(str(error), markup=False)
+    for text in missing:
+        console.print(text, markup=False)
+    return not missing and (gpu_memory is None or _needed(cfg, plan.worst(sparse=False)) <= gpu_memory)
+
+
+def _missing(cfg: Config) -> list[str]:
+    """What would end a start on this machine."""
+    found = []
+    for check in (check_files, check_directories):
+        try:
+            check(cfg)
+        except (ConfigError, DataError) as error:
+            found.append(str(error))
+    return found
 
 
 def opening_line(cfg: Config, world_size: int, parameters: int, gpu: str | None) -> str:
@@ -146,12 +159,16 @@ def _memory(cfg: Config, plan: Plan, gpu_memory: float | None) -> Table:
     return table
 
 
+def _needed(cfg: Config, stage: StageMemory) -> float:
+    """GiB of a GPU."""
+    return stage.total(cfg.sparsity.path == "sparse") / GIB
+
+
 def _verdict(cfg: Config, stage: StageMemory, gpu_memory: float | None) -> str:
     start = "" if cfg.sparsity.path == "sparse" else "Layers start dense: the left column must fit. "
     if gpu_memory is None:
         return start.strip()
-    need = stage.total(cfg.sparsity.path == "sparse") / GIB
-    if need <= gpu_memory:
+    if _needed(cfg, stage) <= gpu_memory:
         return f"{start}It fits {gpu_memory:g} GiB."
     return (
         f"{start}[red]Too much for {gpu_memory:g} GiB[/red]: lower training.micro_batch_size, set training.recompute, "

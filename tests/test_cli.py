@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megasparse import cli
 from megasparse.config import load_config
@@ -52,7 +54,7 @@ def test_help_is_quick() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_passes_the_dry_run(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main("pretrain", path, "--dry-run") == 0
+    assert main("pretrain", path, "--dry-run") == 1, "data is not named"
     output = capsys.readouterr().out
     cfg = load_config(path)
     assert f"num_layers: {cfg.model.num_layers}  # " in output
@@ -67,7 +69,7 @@ def test_dry_run_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path = write(tmp_path / "small.yaml", {**SMALL, "sparsity": {"l1": {"mode": "target", "target_l0": 20}}})
     assert (
         main("pretrain", path, "training.steps=7", "--dry-run", "--world-size", "4", "--l0", "5", "parallel.tensor=2")
-        == 0
+        == 1
     )
     output = capsys.readouterr().out
     assert "steps: 7  # override training.steps=7" in output
@@ -76,8 +78,6 @@ def test_dry_run_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "2 x 1 x 1 x 2" in output
     assert "all sparse at L0 5" in output
     assert "Before this can run" in output
-    assert main("pretrain", path, "--dry-run", "--gpu-memory", "0.001") == 0
-    assert "Too much for 0.001 GiB" in capsys.readouterr().out
     assert main("pretrain", path, "--dry-run", "--world-size", "3") == 2
     assert "training.global_batch_size = 8" in capsys.readouterr().err
     assert main("pretrain", path, "--world-size", "4") == 2
@@ -130,10 +130,34 @@ def test_preprocess_from_the_command_line(tmp_path: Path) -> None:
     assert again.stderr.startswith("megasparse: d/text.bin")
     assert "--overwrite" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+def test_the_exit_code_of_a_dry_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 for all that would keep the run from starting here, or from fitting; the plan is printed all the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("some text to tokenise\n" * 50)
+    assert main("preprocess", "in.txt", "--output", "d/text", "--train-tokenizer", "280", "--workers", "1") == 0
     config = {**SMALL, "data": {"blend": "d/text", "tokenizer": "d/text-tokenizer"}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    plan = run("pretrain", "c.yaml", "--dry-run", cwd=tmp_path)
-    assert "Before this can run" not in plan.stdout
+    (tmp_path / "a file").touch()
+    Tokenizer(WordLevel({"w": 0}, unk_token="w")).save(str(tmp_path / "tokenizer.json"))
+    for code, reason, *arguments in (
+        (0, "", "--gpu-memory", "80"),
+        (1, "no file absent.bin", "data.blend=absent"),
+        (1, "a file is not a directory", "run.directory=a file/runs"),
+        (1, "no token '<|endoftext|>'", "data.tokenizer=tokenizer.json", "model.vocab_size=512"),
+        (1, "Too much for 0.001 GiB", "--gpu-memory", "0.001"),
+        (2, "training.global_batch_size = 8", "--world-size", "3"),
+    ):
+        capsys.readouterr()
+        assert (code, *arguments) == (main("pretrain", "c.yaml", "--dry-run", *arguments), *arguments)
+        output, errors = capsys.readouterr()
+        assert ("in all" in output) == (code != 2)
+        assert ("Before this can run" in output) == (code == 1 and not reason.startswith("Too much"))
+        assert reason in output + errors
+    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "d", "c.yaml", "a file", "tokenizer.json"}
 
 
 def test_evaluate_and_report_need_a_run(tmp_path: Path) -> None:
