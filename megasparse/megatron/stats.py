@@ -51,7 +51,8 @@ class LayerStats:
 
     @torch.no_grad()
     def forget_step(self) -> None:
-        """Instead of `end_step` where activations may have been infinite: `steps_since_fired` stays as it is."""
+        """Instead of `end_step` where activations may have been infinite, or no token counted: `steps_since_fired`
+        stays as it is."""
         self.fired.zero_()
 
     @torch.no_grad()

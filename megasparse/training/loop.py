@@ -178,7 +178,8 @@ def finish_step(run: Run, result: StepResult) -> list[int] | None:
     state.consumed_tokens += cfg.training.global_batch_size * cfg.data.sequence_length
     count_skipped(run, result)
     counts = run.counter.take()
-    if not result.updated:  # activations may have been infinite: what was counted in them must move nothing
+    # Activations may have been infinite, or none of them counted: they must move nothing.
+    if not result.updated or result.tokens == 0:
         for mlp in state.mlps:
             mlp.recorder.forget_step()
         forget_inputs(state.mlps)
