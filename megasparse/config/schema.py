@@ -256,7 +256,7 @@ class TrainingConfig(Section):
     eval_interval: NonNegativeInt = 500
     """Steps between validations; 0: only at the end."""
     eval_steps: NonNegativeInt = 10
-    """Global batches per validation; 0: no validation."""
+    """Global batches per validation; 0: no validation. The run says it where they are more than is held out."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and stop in good order before the process has run for this long."""
     deterministic: bool = False

@@ -8,6 +8,7 @@ own).
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import subprocess
@@ -30,6 +31,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megasparse.config import Config, ConfigError, Problem, dump_config, load_config
 from megasparse.config.inputs import describe_data
 from megasparse.training.distributed import on_first_rank
+
+log = logging.getLogger("megasparse")
 
 NO_PAD, NO_EOD = -1, -2
 """Token ids that no data holds: padding does not occur, and the end of a document is not looked at."""
@@ -123,6 +126,8 @@ def build_datasets(cfg: Config, local_rank: int = 0, train: bool = True) -> Data
         StorageError: rank 0 cannot write to the cache directory.
     """
     check_splits(cfg)
+    if dist.get_rank() == 0 and (text := repeated_validation(cfg)) is not None:
+        log.warning(text)
     cache = Path(os.path.expandvars(str(cfg.cache_directory)))
     if dist.get_world_size() > 1:
         _build_on_nodes_with_own_disk(cfg, cache, local_rank, train)
@@ -261,6 +266,29 @@ def check_splits(cfg: Config) -> None:
             )
     if problems:
         raise ConfigError(problems)
+
+
+def repeated_validation(cfg: Config) -> str | None:
+    """Says it where a validation asks for more samples than are held out: Megatron then goes over them again."""
+    length, batch, wanted = cfg.data.sequence_length, cfg.training.global_batch_size, validation_samples(cfg)
+    parts = [part for part in _parts(cfg) if part[0] == "valid"]
+    weights = [weight for weight, _ in cfg.data.blend or cfg.data.valid or ()]
+    short, enough = [], wanted
+    for (_, prefix, first, last), weight in zip(parts, weights if parts else (), strict=True):
+        held_out, share = (_tokens(prefix, first, last) - 1) // length, weight / sum(weights)
+        if held_out < int(wanted * share):
+            short.append(f"{prefix} has {held_out:,} for {int(wanted * share):,}")
+        enough = min(enough, int(held_out / share))
+    if not short:
+        return None
+    steps = enough // batch
+    return (
+        f"each validation reads {wanted:,} samples of {length:,} tokens (training.eval_steps "
+        f"{cfg.training.eval_steps} x training.global_batch_size {batch}), more than are held out, and so goes over "
+        f"some of them again: {', '.join(short)}. "
+        + (f"training.eval_steps={steps} reads none twice" if steps else "There are less than one batch of them")
+        + "; hold out more by data.split or data.valid"
+    )
 
 
 def _tokens(prefix: str, first: float, last: float) -> int:

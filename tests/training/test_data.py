@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -288,6 +291,53 @@ def test_source_names(prefixes: list[str], names: list[str]) -> None:
     from megasparse.training.sources import source_names
 
     assert source_names(prefixes) == names
+
+
+def validate_on(data: dict[str, Any]) -> tuple[int, list[str]]:
+    """How many tokens a validation reads that it has read before, and what this rank says of it."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megasparse").addHandler(handler)
+    try:
+        cfg = parse_config(data)
+        valid = datasets.build_datasets(cfg).valid
+    finally:
+        logging.getLogger("megasparse").removeHandler(handler)
+    tokens = torch.cat([valid[i]["tokens"] for i in range(datasets.validation_samples(cfg))])
+    return len(tokens) - len(tokens.unique()), told
+
+
+@pytest.mark.parametrize("blended", [False, True])
+def test_a_validation_that_reads_data_again_says_so(tmp_path: Path, blended: bool) -> None:
+    """With the number of steps that reads none twice."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    for name, first in (("a", 0), ("b", 10_000)):  # 8,000 different tokens each
+        builder = IndexedDatasetBuilder(f"{tmp_path / name}.bin", dtype=np.uint16)
+        for document in range(400):
+            builder.add_document(torch.arange(20) + first + 20 * document, [20])
+        builder.finalize(f"{tmp_path / name}.idx")
+
+    def read(steps: int) -> tuple[int, list[str]]:
+        sections: dict[str, Any] = {"training": {"eval_steps": steps}}
+        if blended:
+            blend = [[0.75, str(tmp_path / "a")], [0.25, str(tmp_path / "b")]]
+            sections["data"] = {"blend": blend, "sequence_length": 16, "split": "90,10,0"}
+        data = configuration(tmp_path / "run", str(tmp_path / "a"), **sections)
+        (found, told), (_, other) = run_distributed(2, "tests.training.test_data:validate_on", data)
+        assert other == []
+        return found, told
+
+    repeated, [told] = read(100)
+    assert repeated > 0
+    assert "400 samples of 16 tokens (training.eval_steps 100 x training.global_batch_size 4)" in told
+    assert f"{tmp_path / 'a'} has 49 for {300 if blended else 400}" in told
+    enough = int(re.findall(r"training\.eval_steps=(\d+)", told)[0])
+    assert read(enough) == (0, [])
+    repeated, [told] = read(enough + 1)
+    assert repeated > 0
+    assert f"training.eval_steps={enough} reads none twice" in told
 
 
 def build_with_own_disks(data: dict[str, Any], folder: str) -> list[str]:
