@@ -20,7 +20,8 @@ def add_generate(commands: Any) -> None:
         "generate",
         help="continue a text with an exported model",
         description="The text goes to the standard output as it is made; tokens a second and the mean number of active "
-        "neurons follow on the standard error.",
+        "neurons follow on the standard error. Of the model's generation_config.json only the tokens that end a text "
+        "count.",
     )
     parser.add_argument("model", metavar="MODEL", help="a folder that `convert to-hf` wrote, or a name on the hub")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; - reads the standard input")
@@ -37,6 +38,7 @@ def add_generate(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     _check(args)
     import torch
+    from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -60,19 +62,18 @@ def _run(args: argparse.Namespace) -> int:
         )
     torch.manual_seed(args.seed)
     streamer = _streamer(tokenizer)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    # Not the settings that the model brings: its penalties and beams would change what a temperature means.
+    settings = GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
     if args.temperature > 0:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+        settings.update(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0)
+    model.generation_config = settings  # `generate` takes from here what is not set
     print(prompt, end="", flush=True)
     with torch.inference_mode():
-        text = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=args.max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            **sampling,
-        )
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)
     _report(model, text, ids.shape[1], streamer, args.dense)
     return 0
 

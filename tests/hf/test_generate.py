@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megasparse.cli import main
 from tests.hf.cases import config_of, megasparse, write_plain
@@ -48,6 +51,24 @@ def test_sampling_follows_the_seed(folder: Path, capsys: pytest.CaptureFixture[s
 
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_of_the_settings_that_a_model_brings_only_its_ends_count(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--temperature 0` takes the most likely token, whatever penalties and beams its authors recommend."""
+    command = ("--prompt", "w7", "--max-new-tokens", 12)
+    _, plain, _ = here(capsys, folder, *command)
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    settings = {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "num_beams": 2, "min_new_tokens": 40}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    code, out, err = here(capsys, model, *command)
+    assert (code, out) == (0, plain), err
+    first = plain.removeprefix("w7").split()[0]
+    settings["eos_token_id"] = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(first)
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    assert "then 1 tokens" in here(capsys, model, *command)[2]
 
 
 def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
