@@ -84,6 +84,8 @@ class Run:
     device: torch.device
     graphs: AttentionGraphs | None
     skipped_in_a_row: int = 0
+    owes_validation: bool = False
+    """Of the last step, in which it was told to stop: to be done when all else is, as it may outlast the time left."""
 
 
 def train(run: Run) -> StopReason:
@@ -115,6 +117,7 @@ def train(run: Run) -> StopReason:
             run.checkpointer.poll()
             garbage.after_step(state.step, paused=evaluates or saves)
     if reason == StopReason.NONE or state.step >= cfg.training.steps:
+        run.owes_validation = reason != StopReason.NONE and run.datasets.valid is not None
         return StopReason.NONE
     state.exit_reason = f"{reason.name} after step {state.step}"
     return reason
@@ -258,14 +261,16 @@ def step_metrics(run: Run, result: StepResult, rate: float, seconds: float, rein
     return metrics
 
 
-def validate(run: Run) -> StopReason:
-    """Validation, where there are data for it. Returns why it ended early, without a result, or NONE."""
+def validate(run: Run, whole: bool = False) -> StopReason:
+    """Validation, where there are data for it. Returns why it ended early, without a result, or NONE (always where it
+    is to be `whole`)."""
     if run.datasets.valid is None:
         return StopReason.NONE
     cfg, state = run.cfg, run.state
     alive = partial(run.heartbeat.at, state.step, "validation")
+    stop = (lambda: StopReason.NONE) if whole else run.stop.local_reason
     metrics, reason = run_validation(
-        cfg, state.model, state.mlps, run.datasets.valid, run.device, before_batch=alive, stop=run.stop.local_reason
+        cfg, state.model, state.mlps, run.datasets.valid, run.device, before_batch=alive, stop=stop
     )
     if reason == StopReason.NONE:
         run.callbacks.on_eval(state, metrics)
@@ -322,6 +327,10 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
         if first:  # before observers end: they may take long, and the time left may be short
             write_exit_file(cfg.run_directory, code, text, run.state.step)
             stop.clear_stop_file()
+        if run.owes_validation:
+            if first:
+                log.info("told to stop in the last step, which is saved; only its validation is left")
+            validate(run, whole=True)
         run.callbacks.on_end(run.state)
         if first and code == EXIT_REQUEUE:
             log.info("stopped (%s) after step %d; the same command goes on from there", text, run.state.step)

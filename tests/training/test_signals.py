@@ -187,9 +187,13 @@ def test_stop_file_stops_and_is_removed(tmp_path: Path, data_folder: Path, helpe
 
 
 def test_a_run_that_is_told_to_stop_in_its_last_step_is_done(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
-    """Requeued, it would wait for its nodes and load its checkpoint for nothing."""
-    result = helper.run(case(tmp_path, data_folder), stop_file_at=7)
+    """Requeued, it would wait for its nodes and load its checkpoint for nothing. Nobody would validate it then."""
+    run = case(tmp_path, data_folder)
+    run["training"] |= {"eval_interval": 3, "eval_steps": 2}
+    result = helper.run(run, stop_file_at=7)
     assert result["exit"] == [0], result["output"]
+    assert list(result["records"][0]["evaluations"]) == ["3", "6", "8"]
+    assert "told to stop in the last step, which is saved" in result["output"]
     left = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert left == {"code": 0, "requeue": False, "reason": "done", "step": 8}
     assert read_latest(tmp_path / "run" / "checkpoints") == "step_00000008"
@@ -197,16 +201,18 @@ def test_a_run_that_is_told_to_stop_in_its_last_step_is_done(tmp_path: Path, dat
 
 
 def train_and_stop_in_validation(data: dict[str, Any], stop_file: str | None) -> dict[str, Any]:
-    """The record of a run which, while its second batch is validated, finds a stop file."""
+    """The record of a run which, while its second batch is validated, finds a stop file. `validated`: the newest
+    checkpoint and whether the run had an exit file, before each batch."""
     from megasparse.training.heartbeat import Heartbeat
 
-    batches = 0
+    batches: list[tuple[str | None, bool]] = []
+    directory = Path(data["run"]["directory"])
 
     def at(self: Heartbeat, step: int, where: str) -> None:
-        nonlocal batches
-        batches += where == "validation"
-        if batches == 2 and stop_file is not None:
-            Path(stop_file).touch()
+        if where == "validation":
+            batches.append((read_latest(directory / "checkpoints"), (directory / "exit.json").exists()))
+            if len(batches) == 2 and stop_file is not None:
+                Path(stop_file).touch()
         original(self, step, where)
 
     original = Heartbeat.at
@@ -224,11 +230,24 @@ def test_a_long_validation_does_not_outlast_the_time_that_is_left(tmp_path: Path
     for record in stopped:
         assert (record["code"], record["evaluations"]) == (EXIT_REQUEUE, {})
         assert max(record["steps"]) == 3
-        assert 2 <= record["validated"] <= 3
+        assert 2 <= len(record["validated"]) <= 3
     assert stopped[0]["saved"] == ["step_00000003"]
     for record in run_distributed(2, target, run, None):
         assert record["code"] == 0
         assert list(record["evaluations"]) == [6, 8]
+
+
+def test_the_last_validation_is_done_when_all_is_saved(tmp_path: Path, data_folder: Path) -> None:
+    """Where the run is told to stop in it, it begins anew behind the checkpoint: a kill then costs nothing else."""
+    run = case(tmp_path, data_folder, interval=8)
+    run["training"] |= {"eval_interval": 0, "eval_steps": 4}
+    target = "tests.training.test_signals:train_and_stop_in_validation"
+    first, second = run_distributed(2, target, run, str(tmp_path / "run" / "stop"))
+    assert [(record["code"], list(record["evaluations"])) for record in (first, second)] == [(0, [8])] * 2
+    *stopped, _, _, _, _ = first["validated"]
+    assert set(stopped) == {(None, False)}
+    assert set(first["validated"][-4:]) == {("step_00000008", True)}
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0
 
 
 def test_a_file_system_that_answers_with_an_error_stops_nothing() -> None:
