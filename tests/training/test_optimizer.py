@@ -59,21 +59,30 @@ def train_then_resume(whole: dict[str, Any], resumed: dict[str, Any]) -> list[di
         optimizer.DistributedDataParallelConfig = config  # type: ignore[misc]
 
 
-def test_state_of_buckets_that_end_in_padding_is_saved_as_it_is(tmp_path: Path, data_folder: Path) -> None:
-    """Each is padded to a multiple of 128 and of the data-parallel size."""
-    whole, resumed = (
+@pytest.mark.parametrize("world", [2, 3])
+def test_state_of_buckets_that_end_in_padding_is_saved_as_it_is(tmp_path: Path, data_folder: Path, world: int) -> None:
+    """Each is padded to a multiple of 128 and of the data-parallel size: where that is 3, nearly all of them."""
+    whole, resumed, alone = (
         configuration(
             tmp_path / name,
             str(data_folder / "a"),
-            training={"steps": 6},
-            parallel={"distributed_optimizer": True, "overlap_grad_reduce": True},
+            training={"steps": 6, "global_batch_size": 6},
+            parallel={"distributed_optimizer": True, "overlap_grad_reduce": name != "alone"},
             checkpoint={"interval": 2, "keep_last": 3},
         )
-        for name in ("whole", "resumed")
+        for name in ("whole", "resumed", "alone")
     )
-    records = run_distributed(2, "tests.training.test_optimizer:train_then_resume", whole, resumed)
+    name = "checkpoints/step_00000002"
+    records = run_distributed(world, "tests.training.test_optimizer:train_then_resume", whole, resumed)
     for first, second in records:
         assert sorted(second["steps"]) == [3, 4, 5, 6]
         for step in second["steps"]:
             assert second["steps"][step]["loss/lm"] == first["steps"][step]["loss/lm"]
         assert second["digest"] == first["digest"]
+    # One rank, whose buckets are others, finds it too.
+    shutil.copytree(tmp_path / "whole" / name, tmp_path / "alone" / name)
+    [[record]] = run_distributed(1, "tests.training.cases:train_all", [alone])
+    assert sorted(record["steps"]) == [3, 4, 5, 6]
+    for step, metrics in record["steps"].items():
+        for metric in ("loss/lm", "grad_norm"):
+            assert metrics[metric] == pytest.approx(first["steps"][step][metric], rel=1e-5)
