@@ -42,7 +42,7 @@ class OfflineRun:
 
     def __init__(self, directory: Path) -> None:
         (path,) = directory.glob("run-*.wandb")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not self._read(path):  # W&B's service process may flush the last block after `finish` returns
             assert time.monotonic() < deadline, f"{path} never got its exit record"
             time.sleep(0.05)
