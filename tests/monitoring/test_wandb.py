@@ -127,6 +127,31 @@ def test_a_killed_start_loses_nothing_that_metrics_jsonl_has(tmp_path: Path) -> 
     assert [row["_step"] for row in run.history] == [1, 2, 3, 4, 5, 6, 7]
 
 
+SLOW_START = """
+import sys
+from pathlib import Path
+from wandb.sdk.lib.service import service_process
+from megasparse.monitoring.sinks import wandb
+
+core, slow = service_process.get_core_path(), Path(sys.argv[1]) / "core"
+slow.write_text(f'#!/bin/sh\\nsleep 4\\nexec "{core}" "$@"\\n')
+slow.chmod(0o755)
+service_process.get_core_path = lambda: str(slow)
+wandb.SERVICE_SECONDS = float(sys.argv[2])
+wandb.WandbSink(Path(sys.argv[1]), mode="offline", project="p").close()
+"""
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(1, "Failed to read port info after 1.0 seconds"), (60, "")])
+def test_wandbs_process_may_take_long_to_start(tmp_path: Path, patience: int, ends: str) -> None:
+    """As long as we say, not as W&B does."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", SLOW_START, str(tmp_path), str(patience)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode == 0) == (not ends), done.stderr
+    assert ends in done.stderr
+
+
 def test_without_a_login_the_run_goes_on_offline_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

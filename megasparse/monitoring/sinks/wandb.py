@@ -41,6 +41,10 @@ STEP_METRIC = "progress/step"
 FINISH_SECONDS = 60.0
 """How long the end of a run waits for W&B's server: a job that is about to be killed has two minutes."""
 
+SERVICE_SECONDS = 300
+"""How long W&B's own process may take to start; by itself W&B gives up after 30 s, and the run would end with it. On a
+busy node, or from shared storage while a thousand ranks import from it, that is not enough."""
+
 
 class WandbSink:
     """Sends records to W&B. Make it on the writing rank only."""
@@ -97,6 +101,7 @@ class WandbSink:
         }
         # W&B's process of the program that started this one, which may have ended it: this run gets its own.
         os.environ.pop(wandb.env.SERVICE, None)
+        os.environ.setdefault("WANDB__SERVICE_WAIT", str(SERVICE_SECONDS))  # W&B takes this from nowhere else
         run = self._start_online(arguments, settings, previous, resumed_step) if mode == "online" else None
         has_past = run is not None and run.starting_step > 0
         if not has_past:
