@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_NO_VALUE = object()
+
+class _NoValue:
+    """Stands for itself, also in another process."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,12 @@ class Problem:
     key: str
     rule: str
     fix: str = ""
-    value: Any = _NO_VALUE
+    value: Any = _NoValue
     where: str = ""
 
     def __str__(self) -> str:
         where = f"{self.where}: " if self.where else ""
-        value = "" if self.value is _NO_VALUE else f" = {self.value!r}"
+        value = "" if self.value is _NoValue else f" = {self.value!r}"
         fix = f"\n    -> {self.fix}" if self.fix else ""
         return f"{where}{self.key}{value}: {self.rule}{fix}"
 
@@ -35,3 +37,6 @@ class ConfigError(Exception):
         count = len(self.problems)
         head = "" if count == 1 else f"{count} problems in the configuration\n"
         super().__init__(head + "\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a job's ranks tell it to one another
+        return ConfigError, (self.problems, self.host_specific)

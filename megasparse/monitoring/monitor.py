@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +32,7 @@ from megasparse.monitoring.sinks.jsonl import JsonlSink
 from megasparse.monitoring.sparsity import COLUMNS, SparsityMeter, l1_loss
 from megasparse.monitoring.stragglers import Stragglers
 from megasparse.monitoring.throughput import Throughput
+from megasparse.ranks import on_first_rank
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,8 +87,7 @@ class Monitor:
         self._console: ConsoleSink | None = None
         self._sinks: list[Sink] = []
         self._failing: list[Sink] = []
-        if state.is_writer:
-            self._open_sinks(state, world_size)
+        on_first_rank(partial(self._open_sinks, state, world_size))
         if cfg.logging.wandb.mode != "disabled":
             identity = [state.wandb_run_id]
             # Every rank may write the part of a checkpoint that holds the id.

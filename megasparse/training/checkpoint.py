@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megasparse.config import Config
 from megasparse.host import host_name
 from megasparse.parent import end_with_parent
+from megasparse.ranks import StorageError, on_every_rank, on_first_rank
 from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_content import (
     changed_settings,
@@ -62,7 +63,6 @@ from megasparse.training.checkpoint_files import (
     write_problem,
 )
 from megasparse.training.dead_neurons import share_idle_steps
-from megasparse.training.distributed import StorageError, on_every_rank, on_first_rank
 from megasparse.training.optimizer import apply_adam_settings, gather_parameters
 from megasparse.training.signals import signals_wait
 
@@ -135,7 +135,7 @@ class Checkpointer:
             arguments["async_strategy"] = "mcore"
         complete = partial(self._complete, partial_path, state.step)
         with signals_wait(), self._storage_errors():
-            _start_helper()
+            on_every_rank(_start_helper)
             request = dist_checkpointing.save(
                 sharded, str(partial_path), strategy, async_sharded_save=self._queue is not None, **arguments
             )
@@ -177,9 +177,12 @@ class Checkpointer:
             raise self._storage_error(reason) from error
 
     def _storage_error(self, reason: str) -> StorageError:
-        free = shutil.disk_usage(self._root).free / 2**30
+        try:
+            free = f"{shutil.disk_usage(self._root).free / 2**30:.2f} GiB free"
+        except OSError as error:
+            free = str(error)
         return StorageError(
-            f"a checkpoint cannot be written to {self._root} ({free:.2f} GiB free): {reason}\nThose before it are "
+            f"a checkpoint cannot be written to {self._root} ({free}): {reason}\nThose before it are "
             "as they were; the same command goes on from the newest."
         )
 

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megasparse.config import Config, ConfigError, Problem, dump_config, load_config
 from megasparse.config.inputs import describe_data
-from megasparse.training.distributed import on_first_rank
+from megasparse.ranks import StorageError, on_every_rank, on_first_rank, this_rank
 
 log = logging.getLogger("megasparse")
 
@@ -123,9 +123,9 @@ def build_datasets(cfg: Config, local_rank: int = 0, train: bool = True) -> Data
 
     Raises:
         ConfigError: a split holds no documents.
-        StorageError: rank 0 cannot write to the cache directory.
+        StorageError: rank 0 cannot write the indices, or a rank cannot read them.
     """
-    check_splits(cfg)
+    on_every_rank(partial(check_splits, cfg))
     if dist.get_rank() == 0 and (text := repeated_validation(cfg)) is not None:
         log.warning(text)
     cache = Path(os.path.expandvars(str(cfg.cache_directory)))
@@ -135,11 +135,47 @@ def build_datasets(cfg: Config, local_rank: int = 0, train: bool = True) -> Data
 
 
 def _build(cfg: Config, cache: Path, train: bool) -> Datasets:
+    """Rank 0 builds what is missing, then the others open it. Collective."""
+    opened: list[Datasets] = []
+
+    def open_all() -> None:
+        if not opened:
+            opened.append(_open(cfg, cache, train))
+
+    on_first_rank(open_all)
+    on_every_rank(open_all)
+    return opened[0]
+
+
+def _open(cfg: Config, cache: Path, train: bool) -> Datasets:
+    """By this rank for itself, which builds what is missing.
+
+    Raises:
+        StorageError: indices or data cannot be read or written.
+    """
     config = _dataset_config(cfg, cache, train)
     sizes = [cfg.training.steps * cfg.training.global_batch_size, validation_samples(cfg), 0]
-    with _saved_whole():
-        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+    try:
+        with _saved_whole(), _waiting_for_nobody():
+            built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+    except OSError as error:
+        what = f"reading the data, or writing its sample indices to {cache}, failed"
+        raise StorageError(f"{this_rank()}: {what} ({error}); make room, or choose another data.cache_dir") from error
     return Datasets(*built[:2])
+
+
+@contextmanager
+def _waiting_for_nobody() -> Iterator[None]:
+    """In here Megatron's builder sees no other ranks.
+
+    It would have them wait in a barrier for each data set, which a rank that fails never enters.
+    """
+    initialized = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        dist.is_initialized = initialized
 
 
 @contextmanager
@@ -326,13 +362,12 @@ def _build_on_nodes_with_own_disk(cfg: Config, cache: Path, local_rank: int, tra
         return name
 
     marker = cache / on_first_rank(leave_marker)
-    failure = None
-    if local_rank == 0 and not marker.exists():
-        failure = _build_in_own_process(cfg, train)
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if dist.get_rank() == 0:
-        marker.unlink()
+
+    def build() -> str | None:
+        return _build_in_own_process(cfg, train) if local_rank == 0 and not marker.exists() else None
+
+    failures = on_every_rank(build)
+    on_first_rank(partial(marker.unlink, missing_ok=True))
     for rank, text in enumerate(failures):
         if text is not None:
             raise RuntimeError(f"building the sample indices on the node of rank {rank} failed:\n{text}")

@@ -9,8 +9,6 @@ import datetime
 import logging
 import os
 import random
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,25 +16,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megasparse.config import Config
-from megasparse.host import host_name
+from megasparse.ranks import StorageError
 from megasparse.training.launch_environment import Launch, LaunchError, expand_nodelist, read_environment
 
 __all__ = [
-    "Launch", "LaunchError", "StorageError", "device_of", "expand_nodelist", "initialize", "on_first_rank",
-    "read_environment", "say_once_for_each_layer", "seed_everything", "shut_down",
+    "Launch", "LaunchError", "StorageError", "device_of", "expand_nodelist", "initialize", "read_environment",
+    "say_once_for_each_layer", "seed_everything", "shut_down",
 ]  # fmt: skip
-
-Result = TypeVar("Result")
 
 _joined: list[str] = []
 """Not empty where `initialize` made the default process group, rather than finding one."""
-
-
-class StorageError(RuntimeError):
-    """The file system failed: full, stale, away. Trying again may help."""
-
-    exit_code = 1
-    """Of `megasparse`."""
 
 
 def device_of(launch: Launch) -> torch.device:
@@ -149,51 +138,6 @@ def _make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # It would fill every buffer that `torch.empty` makes with NaN. The kernels write all that they read.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def on_first_rank(action: Callable[[], Result]) -> Result:
-    """Runs `action` on rank 0 and gives its result, or the exception that it raised, to all ranks. Collective.
-
-    Raises:
-        StorageError: in place of an OSError.
-    """
-    answers: list[Any] = [_attempt(action) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(answers, src=0)
-    return _results(answers)[0]
-
-
-def on_every_rank(action: Callable[[], Result]) -> list[Result]:
-    """Runs `action` on every rank and gives all results, in the ranks' order, to all ranks. Collective.
-
-    Raises:
-        Exception: of the first rank where `action` raised one, on all ranks; StorageError in place of an OSError.
-    """
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, _attempt(action))
-    return _results(answers)
-
-
-def _attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """What `action` gives, or raises: whatever it is, the other ranks wait."""
-    try:
-        return action(), None
-    except OSError as error:
-        where = f"{this_rank()}: {error.filename}" if error.filename else this_rank()
-        return None, StorageError(f"{where}: {error.strerror or error}")
-    except Exception as error:
-        return None, error
-
-
-def _results(answers: list[tuple[Result, Exception | None]]) -> list[Result]:
-    for _, error in answers:
-        if error is not None:
-            raise error
-    return [result for result, _ in answers]
-
-
-def this_rank() -> str:
-    """For messages."""
-    return f"rank {dist.get_rank()} on {host_name()}"
 
 
 def shut_down() -> None:

@@ -12,6 +12,7 @@ launcher ends the others. The file goes away where the run gets on after all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -78,7 +79,8 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self._world_size > 1:
             if self._rank == 0:
-                (self._directory / HANG_FILE).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the others do not wait to hear of it
+                    (self._directory / HANG_FILE).unlink(missing_ok=True)
                 # Of a rank that hangs before its first beat, what the attempt before left would blame another node.
                 shutil.rmtree(self._directory / FOLDER, ignore_errors=True)
             self._thread.start()

@@ -22,6 +22,7 @@ from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.megatron.attention_graphs import AttentionGraphs
 from megasparse.plan_text import opening_line
+from megasparse.ranks import on_every_rank, on_first_rank, this_rank
 from megasparse.training import checkpoint_files
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer
@@ -32,12 +33,9 @@ from megasparse.training.dead_neurons import forget_inputs, reinit_is_due, reini
 from megasparse.training.distributed import (
     Launch,
     initialize,
-    on_every_rank,
-    on_first_rank,
     read_environment,
     say_once_for_each_layer,
     shut_down,
-    this_rank,
 )
 from megasparse.training.evaluate import run_validation
 from megasparse.training.garbage import GarbageCollection
@@ -307,8 +305,7 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
     watcher = StopWatcher(cfg.training.time_limit_minutes, cfg.run_directory if first else None)
     own = [cfg.checkpoint_directory] if cfg.checkpoint.directory else []  # else within the run directory
     with run_lock(cfg.run_directory, *own), watcher as stop:
-        if first:
-            clear_exit_file(cfg.run_directory)
+        on_first_rank(partial(clear_exit_file, cfg.run_directory))
         run = start(cfg, launch, device, stop, callbacks)
         with run.heartbeat:
             try:
@@ -348,8 +345,7 @@ def start(
 ) -> Run:
     """Builds everything and brings it to where the run left off. `layer`: see `build_model`."""
     first = launch.rank == 0
-    if first:
-        cfg.run_directory.mkdir(parents=True, exist_ok=True)
+    on_first_rank(partial(cfg.run_directory.mkdir, parents=True, exist_ok=True))
     datasets = build_datasets(cfg, launch.local_rank)
     model = wrap_in_ddp(cfg, build_model(cfg, layer))
     optimizer = build_optimizer(cfg, model)

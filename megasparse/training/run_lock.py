@@ -45,7 +45,7 @@ def run_lock(run_directory: Path, *others: Path, patience: float = PATIENCE) -> 
         RunLockedError, StorageError: on all ranks.
     """
     # It imports Megatron, which `lock_holder` does not need.
-    from megasparse.training.distributed import on_first_rank
+    from megasparse.ranks import on_first_rank
 
     with ExitStack() as held:
         run, *rest = (directory.resolve() for directory in (run_directory, *others))

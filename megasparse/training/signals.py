@@ -21,6 +21,7 @@ first three under every launcher, and is not there after an error or a kill):
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import signal
 import subprocess
@@ -33,6 +34,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from megasparse.small_files import write_json
+
+log = logging.getLogger("megasparse")
 
 EXIT_DONE = 0
 EXIT_REQUEUE = 75
@@ -147,9 +150,12 @@ class StopWatcher:
         return self._job_is_over
 
     def clear_stop_file(self) -> None:
-        """Removes the stop file, so that the next start does not stop at once."""
+        """Removes the stop file, so that the next start does not stop at once. Says it where it cannot."""
         if self._stop_file is not None:
-            self._stop_file.unlink(missing_ok=True)
+            try:
+                self._stop_file.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s cannot be removed (%s): the next start will stop at once", self._stop_file, error)
 
 
 @contextmanager
@@ -186,9 +192,15 @@ def process_start_time() -> float:
 
 
 def write_exit_file(run_directory: Path, code: int, reason: str, step: int) -> None:
-    """Writes `exit.json`: {"code", "requeue", "reason", "step"}; replaces an older one in one move."""
+    """Writes `exit.json`: {"code", "requeue", "reason", "step"}; replaces an older one in one move.
+
+    Says it where it cannot: all else is saved, and other ranks go on.
+    """
     record = {"code": code, "requeue": code == EXIT_REQUEUE, "reason": reason, "step": step}
-    write_json(run_directory / EXIT_FILE, record)
+    try:
+        write_json(run_directory / EXIT_FILE, record)
+    except OSError as error:
+        log.warning("%s cannot be written (%s); the exit code alone says %d", run_directory / EXIT_FILE, error, code)
 
 
 def clear_exit_file(run_directory: Path) -> None:

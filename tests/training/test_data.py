@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 
 from megasparse.config import ConfigError, parse_config
 from megasparse.megatron.spec import have_transformer_engine
+from megasparse.ranks import StorageError
 from megasparse.training import datasets
 from megasparse.training.data import MicroBatchSampler, StepLoader, document_mask
 from megasparse.training.datasets import TokenizerFacts, check_splits, tokenizer_facts
@@ -382,7 +383,7 @@ def test_an_index_cut_short_is_built_again(tmp_path: Path, data_folder: Path) ->
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, limits[1]))
     try:
-        with pytest.raises(Exception, match="Failed to write dataset materials"):
+        with pytest.raises(StorageError, match=r"sample indices to \S+cache, failed \(.* written\); make room"):
             datasets.main([str(config)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -9,10 +9,10 @@ import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megasparse.ranks import on_first_rank
 from megasparse.training.distributed import (
     LaunchError,
     expand_nodelist,
-    on_first_rank,
     read_environment,
     say_once_for_each_layer,
 )

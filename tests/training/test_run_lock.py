@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megasparse.training.distributed import StorageError
+from megasparse.ranks import StorageError
 from megasparse.training.run_lock import RunLockedError, run_lock
 from tests.launch import run_distributed
 from tests.training.forked import ROOT
