@@ -155,6 +155,23 @@ def test_an_array_takes_the_files_that_preprocess_takes_from_a_folder(tmp_path: 
     assert set(re.findall(rf"{tmp_path}/(\S+)", done.stdout)) == set(taken), done.stderr
 
 
+def test_an_array_takes_every_file_that_is_named(tmp_path: Path) -> None:
+    """Whatever its name: `megasparse preprocess` does, or says why not. Folders are looked through beside them."""
+    (tmp_path / "site.sh").touch()
+    (tmp_path / "folder").mkdir()
+    for name in ("a.txt", "b.json.gz", "c.py", "folder/d.txt", "folder/e.py"):
+        (tmp_path / name).touch()
+    names = ("c.py", "b.json.gz", "folder", "a.txt")
+    everything = ["a.txt", "b.json.gz", "c.py", "folder/d.txt"]
+    for inputs, expected in ((names, everything), (names[:2], everything[1:3])):
+        done = bash(
+            'MEGASPARSE_ROOT=$root bash "$root/slurm/preprocess.sbatch" shard "$@" --tokenizer words',
+            *(str(tmp_path / name) for name in inputs),
+            MEGASPARSE_PYTHON="echo", MEGASPARSE_SITE=str(tmp_path / "site.sh"),
+        )  # fmt: skip
+        assert re.findall(rf"{tmp_path}/(\S+)", done.stdout) == expected, done.stderr
+
+
 class FakeSlurm:
     """Stands for SLURM's commands around slurm/pretrain.sbatch, and for its look at the configuration.
 
