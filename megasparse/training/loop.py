@@ -260,16 +260,13 @@ def step_metrics(run: Run, result: StepResult, rate: float, seconds: float, rein
 
 
 def validate(run: Run, whole: bool = False) -> StopReason:
-    """Validation, where there are data for it. Returns why it ended early, without a result, or NONE (always where it
-    is to be `whole`)."""
+    """Where there are data for it. Returns why it ended without a result (not where it is to be `whole`), or NONE."""
     if run.datasets.valid is None:
         return StopReason.NONE
     cfg, state = run.cfg, run.state
     alive = partial(run.heartbeat.at, state.step, "validation")
     stop = (lambda: StopReason.NONE) if whole else run.stop.local_reason
-    metrics, reason = run_validation(
-        cfg, state.model, state.mlps, run.datasets.valid, run.device, before_batch=alive, stop=stop
-    )
+    metrics, reason = run_validation(cfg, state.model, state.mlps, run.datasets.valid, run.device, alive, stop)
     if reason == StopReason.NONE:
         run.callbacks.on_eval(state, metrics)
     return reason
