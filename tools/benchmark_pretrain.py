@@ -64,8 +64,9 @@ from megasparse.megatron import megatron_layer_spec
 from megasparse.megatron.transfer import set_weights, weights_of
 from megasparse.monitoring.energy import EnergyMeter
 from megasparse.monitoring.sparsity import LayerSparsity
+from megasparse.ranks import StorageError
 from megasparse.training.checkpoint_files import CheckpointError, resolve
-from megasparse.training.distributed import LaunchError, StorageError, shut_down
+from megasparse.training.distributed import LaunchError, shut_down
 from megasparse.training.garbage import GarbageCollection
 from megasparse.training.loop import Run, run_step, save
 
