@@ -29,6 +29,10 @@ cannot tell where it is square.
 """
 
 
+class TransposedWeightFactory(ShardedTensorFactory):
+    """Of a weight [rows, columns] whose one shard in checkpoints is its transpose."""
+
+
 class NeuronWeight(MegatronModule):
     """Parameter `weight` [rows, hidden_size] on Megatron's current device, rows being of this rank's neurons."""
 
@@ -144,7 +148,7 @@ class DownWeight(NeuronWeight):
         replica_id = make_tp_sharded_tensor_for_checkpoint(
             self.weight, key, 0, prepend_offsets=sharded_offsets, **groups
         ).replica_id
-        state[f"{prefix}{BY_NEURON}"] = ShardedTensorFactory(key, self.weight, build, merge, replica_id)
+        state[f"{prefix}{BY_NEURON}"] = TransposedWeightFactory(key, self.weight, build, merge, replica_id)
         return state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from megasparse.config import Config
-from megasparse.megatron.bucket_padding import save_state_without_padding
+from megasparse.megatron.optimizer_shards import save_own_shards
 from megasparse.megatron.torch_adam import choose_torch_adam_without_cuda, prepare_torch_adam
 
 
@@ -83,7 +83,7 @@ def build_optimizer(cfg: Config, model: Sequence[torch.nn.Module]) -> Any:
     choose_torch_adam_without_cuda()
     optimizer = get_megatron_optimizer(config, list(model), config_overrides=overrides)
     prepare_torch_adam(optimizer)
-    save_state_without_padding(optimizer)
+    save_own_shards(optimizer)
     return optimizer
 
 
