@@ -41,6 +41,47 @@ def test_without_a_gpu_an_installed_fused_adam_is_not_taken(tmp_path: Path, data
     assert record["steps"][5]["loss/lm"] < record["steps"][1]["loss/lm"]
 
 
+def spoil_after_save(sections: dict[str, Any]) -> list[str]:
+    """Saves in the background after one step, spoils everything at once, loads. Returns what is not as it was."""
+    from megasparse.config import parse_config
+    from megasparse.megatron.optimizer_shards import OwnShards
+    from megasparse.training import loop
+    from megasparse.training.distributed import initialize, read_environment, shut_down
+    from megasparse.training.signals import StopWatcher
+
+    cfg, launch = parse_config(sections), read_environment()
+    run = loop.start(cfg, launch, initialize(cfg, launch), StopWatcher(None, None), [])
+    loop.run_step(run)
+    [optimizer] = run.state.optimizer.chained_optimizers
+    tensors = {f"weight {index}": weight.detach() for index, weight in enumerate(run.state.model[0].parameters())}
+    for index, state in enumerate(OwnShards(optimizer).states()):
+        tensors |= {f"{name} of share {index}": tensor for name, tensor in state.items()}
+    wanted = {name: tensor.clone() for name, tensor in tensors.items()}
+    loop.save(run)
+    for tensor in tensors.values():
+        tensor.fill_(float("nan"))
+    run.checkpointer.finish()
+    run.checkpointer.load(run.checkpointer.locate(cfg.run_directory), run.state)
+    run.checkpointer.close()
+    run.loader.close()
+    shut_down()
+    return [name for name, tensor in tensors.items() if not torch.equal(tensor, wanted[name])]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_background_save_is_of_the_moment_when_it_began(tmp_path: Path, data_folder: Path, precision: str) -> None:
+    """What is saved are views of the optimizer's own tensors, which the next step changes."""
+    sections = configuration(
+        tmp_path / "run",
+        str(data_folder / "a"),
+        training={"precision": precision},
+        parallel={"distributed_optimizer": True},
+        checkpoint={"async_save": True},
+    )
+    for changed in run_distributed(2, "tests.training.test_optimizer:spoil_after_save", sections):
+        assert not changed
+
+
 def train_then_resume(whole: dict[str, Any], resumed: dict[str, Any]) -> list[dict[str, Any]]:
     """Records of a run, and of one that begins with the checkpoint of its second step. There are several buckets, as in
     large models."""
