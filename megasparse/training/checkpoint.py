@@ -253,7 +253,7 @@ class Checkpointer:
     def load(self, path: Path, state: TrainState) -> dict[str, Any]:
         """Loads everything from a checkpoint into `state`. Returns the `extra` it was saved with."""
         _check_content(path)
-        common = dist_checkpointing.load_common_state_dict(str(path))
+        common = on_first_rank(partial(dist_checkpointing.load_common_state_dict, str(path)))
         if "layout" not in common["run"]:
             raise CheckpointError(
                 f"{path} holds weights alone (it was imported), and there is no optimizer or data position to go on "
@@ -294,7 +294,7 @@ class Checkpointer:
         `optimizer` (or None) takes its master weights from it. Returns the saved step.
         """
         _check_content(path)
-        common = dist_checkpointing.load_common_state_dict(str(path))
+        common = on_first_rank(partial(dist_checkpointing.load_common_state_dict, str(path)))
         check_same_model(self._cfg, common["run"]["config"], path, optimizer=False)
         _say_changed(path, changed_settings(self._cfg, common["run"]["config"], ("model",)))
         self._set_model(model, self._load(path, self._model_content(model)))

@@ -67,7 +67,7 @@ def save(config: dict[str, Any], model: dict[str, Any], folder: str) -> tuple[in
 
 
 def _sizes(optimizer: Any, state: dict[str, Any]) -> tuple[int, int, bool]:
-    """Elements of this rank's shares, elements of its pieces, whether these, where they have data, are views of those."""
+    """Elements of this rank's shares, of its pieces, and whether these, where they have data, are views of those."""
     own = [tensor for shares in OwnShards(optimizer).states() for tensor in shares.values()]
     memory = {tensor.untyped_storage().data_ptr() for tensor in own}
     pieces = list(nested_values(state["optimizer"]["param_state"]))
