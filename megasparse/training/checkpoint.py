@@ -135,7 +135,7 @@ class Checkpointer:
             arguments["async_strategy"] = "mcore"
         complete = partial(self._complete, partial_path, state.step)
         with signals_wait(), self._storage_errors():
-            on_every_rank(_start_helper)
+            on_every_rank(start_save_helper)
             request = dist_checkpointing.save(
                 sharded, str(partial_path), strategy, async_sharded_save=self._queue is not None, **arguments
             )
@@ -354,7 +354,7 @@ def _say_changed(path: Path, changes: Sequence[str]) -> None:
         log.info("checkpoint: changed since %s: %s", path.name, change)
 
 
-def _start_helper() -> None:
+def start_save_helper() -> None:
     """Starts the process through which Megatron's writers report, so that it ends when this one is killed.
 
     Megatron would start one itself, which stays for ever then.

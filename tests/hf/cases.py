@@ -137,6 +137,7 @@ def _write(cfg: Any, model: Any, path: Path) -> None:
     """A checkpoint of the model at its layout, in the formats that training saves."""
     from megatron.core import dist_checkpointing
 
+    from megasparse.training.checkpoint import start_save_helper
     from megasparse.training.checkpoint_files import seal
 
     if dist.get_rank() == 0:
@@ -146,6 +147,7 @@ def _write(cfg: Any, model: Any, path: Path) -> None:
         "model": model.sharded_state_dict(prefix="", metadata={"singleton_local_shards": False}),
         "run": {"step": 7, "config": cfg.model_dump(mode="json")},
     }
+    start_save_helper()
     dist_checkpointing.save(state, str(path))
     if dist.get_rank() == 0:
         seal(path, 7)

@@ -28,6 +28,7 @@ from megasparse.megatron import SparseMLP, build_model, iter_sparse_mlps, layer_
 from megasparse.megatron.attention_graphs import AttentionGraphs, LayerGraphs
 from megasparse.megatron.init import fill_normal, global_name
 from megasparse.megatron.torch_adam import prepare_torch_adam
+from megasparse.training.checkpoint import start_save_helper
 
 SEQUENCE, BATCH, VOCAB = 16, 4, 96
 
@@ -329,6 +330,7 @@ def train(
         if torch.distributed.get_rank() == 0:
             Path(save).mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
+        start_save_helper()
         dist_checkpointing.save(_state(tiny, optimizer, loading=False), save)
     return losses, norms, tiny.shards()
 

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 
 from megasparse.megatron.optimizer_shards import STATES, OwnShards, save_own_shards
+from megasparse.training.checkpoint import start_save_helper
 from tests.megatron.cases import Model, _optimizer, _state, make_config, start
 
 WAYS = ("megatron", "pieces")
@@ -62,6 +63,7 @@ def save(config: dict[str, Any], model: dict[str, Any], folder: str) -> tuple[in
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if group.size() > 1:
             strategy = FullyParallelSaveStrategyWrapper(strategy, group)
+        start_save_helper()
         dist_checkpointing.save(state, str(path), strategy)
     return sizes
 

@@ -42,7 +42,7 @@ TRAIN = "tests.training.test_one_rank_fails:train"
         ("megasparse.training.datasets._dataset_config", 0),
         ("numpy.save", 0),
         ("numpy.load", 1),
-        ("megasparse.training.checkpoint._start_helper", 1),
+        ("megasparse.training.checkpoint.start_save_helper", 1),
     ],
 )
 def test_what_fails_at_the_start_or_in_a_save(tmp_path: Path, data_folder: Path, function: str, rank: int) -> None:
