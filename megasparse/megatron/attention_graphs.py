@@ -17,6 +17,7 @@ random state of its kind, and keep a gradient of every weight beside `main_grad`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -24,7 +25,10 @@ from typing import Any, NoReturn
 import torch
 from megatron.core.transformer.cuda_graphs import _set_capture_end, _set_capture_start
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import log_single_rank
 from torch import Tensor, nn
+
+_log = logging.getLogger("megasparse")
 
 
 class GraphedLayer(TransformerLayer):
@@ -148,14 +152,29 @@ class AttentionGraphs:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # pools get memory of their own, which the allocator's cache must not hold
         allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        with _capturing():
-            examples = [layer.example for chunk in self._chunks for layer in chunk if layer.example is not None]
-            gradient = torch.empty_like(examples[0], device="cuda")
-            for chunk in self._chunks:
-                for _ in range(chunk[0].most_in_flight):
-                    _capture_turn(chunk, gradient)
+        examples = [layer.example for chunk in self._chunks for layer in chunk if layer.example is not None]
+        try:
+            with _capturing():
+                gradient = torch.empty_like(examples[0], device="cuda")
+                for chunk in self._chunks:
+                    for _ in range(chunk[0].most_in_flight):
+                        _capture_turn(chunk, gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"the attention part of a layer could not be captured as a CUDA graph ({error}); train with "
+                "training.cuda_graphs: false"
+            ) from error
         self.allocated = torch.cuda.memory_allocated() - allocated
         self.reserved = torch.cuda.memory_reserved() - reserved
+        at_once = "/".join(str(chunk[0].most_in_flight) for chunk in self._chunks)
+        log_single_rank(
+            _log,
+            logging.INFO,
+            f"CUDA graphs of the attention part: {len(examples)} layers, {at_once} micro-batches at a time, "
+            f"{self.reserved / 2**30:.1f} GiB",
+        )
 
 
 class _Pair:
