@@ -28,6 +28,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import log_single_rank
 from torch import Tensor, nn
 
+from megasparse.megatron.autograd import added_to_main_grad
+
 _log = logging.getLogger("megasparse")
 
 
@@ -73,19 +75,18 @@ class LayerGraphs(nn.Module):
     def layer(self) -> GraphedLayer:
         return self._layer[0]
 
-    @property
-    def fits(self) -> bool:
-        """Whether there are graphs for inputs like that of the last eager forward."""
-        return bool(self.pairs) and (self.example is None or _alike(self.pairs[0].input, self.example))
+    def has_graphs_for(self, hidden_states: Tensor) -> bool:
+        """For its shape and type, that is."""
+        return bool(self.pairs) and _alike(self.pairs[0].input, hidden_states)
 
     def forward(self, hidden_states: Tensor, settings: dict[str, Any]) -> Tensor:
         """[s, b, D] -> [s, b, D]."""
-        if not (self.pairs and _alike(self.pairs[0].input, hidden_states)):
+        if not self.has_graphs_for(hidden_states):
             return self._eager(hidden_states, settings)
-        if not _same(settings, self.settings):
-            self._refuse("other arguments than those that its CUDA graphs were captured with")
         pair = self.pairs[self._turn]
         self._turn = (self._turn + 1) % len(self.pairs)
+        if not _same(settings, pair.settings):
+            self._refuse("other arguments than those that its CUDA graphs were captured with")
         if pair.busy:
             self._refuse(f"more micro-batches at a time than the {len(self.pairs)} that its CUDA graphs are for")
         return _Replay.apply(pair, hidden_states, *pair.parameters)  # type: ignore[no-any-return]
@@ -127,6 +128,7 @@ class AttentionGraphs:
             for layer in layers:
                 layer.use_graphs = True
             self._chunks.append(layers)
+        self._layers = [layer for chunk in self._chunks for layer in chunk]
         self.allocated = self.reserved = 0
         """Bytes that the graphs hold, in place of what the attention part would keep for its backward: of those that
         PyTorch counts as allocated, and in all."""
@@ -134,17 +136,18 @@ class AttentionGraphs:
     def prepare_step(self) -> None:
         """Before a training step: captures where the last one ran kernel by kernel, which also warmed up what is
         captured. Launches nothing on the GPU."""
-        layers = [layer for chunk in self._chunks for layer in chunk]
-        for layer in layers:
+        for layer in self._layers:
             layer.begin_step()
-        if any(layer.use_graphs and layer.example is not None and not layer.fits for layer in layers):
+        if any(
+            layer.use_graphs and layer.example is not None and not layer.has_graphs_for(layer.example)
+            for layer in self._layers
+        ):
             self._capture()
 
     def release(self) -> None:
         """Frees all graphs. Before process groups end: NCCL waits for the graphs that launch its kernels."""
-        for chunk in self._chunks:
-            for layer in chunk:
-                layer.pairs.clear()
+        for layer in self._layers:
+            layer.pairs.clear()
         self.allocated = self.reserved = 0
 
     def _capture(self) -> None:
@@ -152,7 +155,7 @@ class AttentionGraphs:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # pools get memory of their own, which the allocator's cache must not hold
         allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        examples = [layer.example for chunk in self._chunks for layer in chunk if layer.example is not None]
+        examples = [layer.example for layer in self._layers if layer.example is not None]
         try:
             with _capturing():
                 gradient = torch.empty_like(examples[0], device="cuda")
@@ -228,8 +231,6 @@ class _Pair:
         self.gradient.copy_(gradient)
         self._backward.replay()
         self.busy = False
-        for parameter in self.parameters:
-            parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return self.gradient.clone() if self.leaves else self.gradient.detach()
 
 
@@ -242,8 +243,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         of_input = ctx.pair.replay_backward(gradient)
-        # Megatron's hook wants a gradient to arrive. It is never read.
-        return None, of_input, *(torch.empty_like(parameter) for parameter in ctx.pair.parameters)
+        return None, of_input, *(added_to_main_grad(parameter) for parameter in ctx.pair.parameters)
 
 
 def _capture_turn(chunk: Sequence[LayerGraphs], gradient: Tensor) -> None:

@@ -33,12 +33,22 @@ class AttachL1(torch.autograd.Function):
         return grad_y, scale.to(ctx.dtype), None, None
 
 
+def added_to_main_grad(parameter: torch.nn.Parameter) -> Tensor:
+    """Tells Megatron that a gradient is in `parameter.main_grad` already; what a backward is to return in its place.
+
+    Megatron's data-parallel hook wants a gradient to arrive nevertheless: a placeholder, of zeros where the weight asks
+    for it (`zero_out_wgrad`: shared weights, whose placeholder is added), else uninitialised, never read.
+    """
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if getattr(parameter, "zero_out_wgrad", False):
+        return torch.zeros_like(parameter)
+    return torch.empty_like(parameter)
+
+
 class FusedWeightGrad(torch.autograd.Function):
     """Returns `weight` unchanged; its backward tells Megatron that the gradient is in `weight.main_grad` already.
 
-    For weights whose gradient the consumer adds to `main_grad` itself, returning none. Megatron's data-parallel hook
-    wants a gradient to arrive nevertheless, so a placeholder is returned: of zeros where the weight asks for it
-    (`zero_out_wgrad`: shared weights, whose placeholder is added), else uninitialised, never read.
+    For weights whose gradient the consumer adds to `main_grad` itself, returning none.
     """
 
     @staticmethod
@@ -52,7 +62,4 @@ class FusedWeightGrad(torch.autograd.Function):
         parameter = ctx.parameter
         if not hasattr(parameter, "grad_added_to_main_grad"):
             return grad, None
-        parameter.grad_added_to_main_grad = True
-        if getattr(parameter, "zero_out_wgrad", False):
-            return torch.zeros_like(parameter), None
-        return torch.empty_like(parameter), None
+        return added_to_main_grad(parameter), None
