@@ -168,8 +168,8 @@ def _stage(
         if first:
             total += _in_flight(cfg, stage, micro_batches) * _residual(cfg)  # output of the embedding
         if cfg.training.cuda_graphs:
-            chunks = parallel.virtual_pipeline or 1
-            total += _in_flight(cfg, stage, micro_batches) * chunks * _graph_temporaries(cfg)
+            # Each micro-batch in flight has 8-bit weights of its own.
+            total += _graph_temporaries(cfg) + _in_flight(cfg, stage, micro_batches) * _fp8_weights(cfg)
         return math.ceil(total)
 
     return StageMemory(
@@ -208,8 +208,8 @@ def parameters_on_stage(cfg: Config, stage: int) -> int:
 
 
 def _graph_temporaries(cfg: Config) -> int:
-    """Bytes that the CUDA graphs of one micro-batch in flight keep besides what the attention part saves: room for one
-    layer's temporaries. Measured: 13 times the hidden states (0.5B; 13B under TP 2), and gradients of the weights."""
+    """Bytes that CUDA graphs keep besides what the attention part saves: room for one layer's temporaries. Measured: 13
+    times the hidden states (0.5B; 13B under TP 2), and gradients of the weights."""
     attention = count_parameters(cfg).attention_per_layer // cfg.parallel.tensor
     return (13 * _tokens(cfg) * cfg.model.hidden_size + attention) * _element(cfg)
 

@@ -132,7 +132,7 @@ def test_single_keys(tmp_path: Path, line: str, words: list[str]) -> None:
             ["training={fp8: hybrid, recompute: selective, recompute_modules: [mlp]}"],
             ["Transformer Engine recomputes the mlp, and only its own", "training.recompute: full"],
         ),
-        (["training={cuda_graphs: true, fp8: hybrid}"], ["training.cuda_graphs = True", "training.fp8: off"]),
+        (["training={cuda_graphs: true, fp8: hybrid}"], ["delayed scaling", "training.fp8_recipe: tensorwise"]),
         (["training={cuda_graphs: true, recompute: full}"], ["is not recomputed", "recompute_modules: [mlp]"]),
         (["training={cuda_graphs: true, recompute: selective}"], ["is not recomputed", "training.cuda_graphs: false"]),
         (["training.cuda_graphs=true", "model.attention_dropout=0.1"], ["model.attention_dropout is 0.1"]),

@@ -29,7 +29,7 @@ printed for every layer.
     --try fp8=hybrid,fp8_recipe=tensorwise,save_original_input=True     what Megatron builds for other recipes
 
 each alone or, joined by commas, together; behind `dense:` with the MLPs on the dense path. One call takes either
-delayed scaling or other recipes.
+delayed scaling or other recipes. With training.cuda_graphs each has use_graphs=False among them, or is just that.
 
 Writes results.json (after every stage), results.png and tables.txt to `--out`; prints the tables.
 """
@@ -243,6 +243,11 @@ def mixes_delayed_scaling(cfg: Config, attempts: list[dict[str, Any]]) -> bool:
     return "delayed" in recipes and len(recipes) > 1
 
 
+def contradicts_graphs(cfg: Config, attempts: list[dict[str, Any]]) -> bool:
+    """CUDA graphs do as they were captured, whatever is switched."""
+    return cfg.training.cuda_graphs and any(settings.get("use_graphs", True) for settings in attempts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
@@ -280,7 +285,10 @@ def main() -> int:
             )
         if arguments.load:
             resolve(Path(arguments.load))
-        if mixes_delayed_scaling(cfg, [settings for _, _, settings in arguments.attempts]):
+        attempts = [settings for _, _, settings in arguments.attempts]
+        if contradicts_graphs(cfg, attempts):
+            parser.error("--try: with training.cuda_graphs, each needs use_graphs=False: graphs cannot be switched")
+        if mixes_delayed_scaling(cfg, attempts):
             parser.error("--try: delayed scaling, once used, slows other fp8 recipes; measure it in a call of its own")
         bench = Bench(cfg, arguments)
         measure(bench)

@@ -35,9 +35,10 @@ def _cuda_graphs(cfg: Config) -> Iterator[Problem]:
     if not training.cuda_graphs:
         return
     rest = "training.cuda_graphs: false"
-    if training.fp8 != "off":
-        rule = "the host keeps Transformer Engine's scales between steps, and graphs hold kernels alone"
-        yield Problem("training.cuda_graphs", rule, f"set training.fp8: off, or {rest}", True)
+    if training.fp8 != "off" and training.fp8_recipe == "delayed":
+        rule = "under delayed scaling the host makes scales of what earlier steps noted, and graphs hold kernels alone"
+        fix = f"set training.fp8_recipe: tensorwise or blockwise, or {rest}"
+        yield Problem("training.cuda_graphs", rule, fix, True)
     modules = set(training.recompute_modules) - {"mlp"} if training.recompute == "selective" else set()
     if modules or training.recompute == "full":
         rule = "the attention part, which is what the graphs hold, is not recomputed"

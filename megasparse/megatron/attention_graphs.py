@@ -6,9 +6,12 @@ router changes the kernels that it launches.
 
 A graph reads and writes the same memory each time. So a layer has one pair of graphs for each micro-batch that can be
 between its forward and its backward: one without pipeline parallelism, else as many as the first step had. Pipeline
-schedules run the backwards of a chunk in the order of its forwards, so the pairs are used in turns. The pairs of one
-turn share a pool of memory, in which a backward may overwrite what the layers behind it have saved: within a turn all
-forwards precede all backwards, in opposite order. Turns have pools of their own, as theirs interleave.
+schedules run the backwards of a chunk in the order of its forwards, so the pairs are used in turns.
+
+All pairs share two pools of memory. The forwards are captured into the first, before any backward: what they keep for
+their backwards keeps its place, and what they use besides, the next one uses again. The backwards are captured into the
+second. What they set free of the first is never given out again, since nothing is captured into it any more; so graphs
+may run in any order, one at a time.
 
 The backward adds the gradients of the weights to `main_grad` inside the graph and tells Megatron so, as fused weight
 gradients do (`autograd.FusedWeightGrad`). Those of Megatron-Core (`TECudaGraphHelper`) need Transformer Engine and a
@@ -23,7 +26,9 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.cuda_graphs import _set_capture_end, _set_capture_start
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import log_single_rank
 from torch import Tensor, nn
@@ -158,10 +163,7 @@ class AttentionGraphs:
         examples = [layer.example for layer in self._layers if layer.example is not None]
         try:
             with _capturing():
-                gradient = torch.empty_like(examples[0], device="cuda")
-                for chunk in self._chunks:
-                    for _ in range(chunk[0].most_in_flight):
-                        _capture_turn(chunk, gradient)
+                _capture_pairs(self._chunks, torch.empty_like(examples[0], device="cuda"))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -183,16 +185,20 @@ class AttentionGraphs:
 class _Pair:
     """A layer's forward and backward as graphs, and the memory that they read and write."""
 
-    def __init__(self, graphs: LayerGraphs, gradient: Tensor) -> None:
-        """`gradient`: like the input. Holds that of the output, then that of the input; shared by all pairs, of which
-        one runs at a time."""
+    def __init__(self, graphs: LayerGraphs, gradient: Tensor, leaves: bool) -> None:
+        """
+        Args:
+            graphs: of the layer.
+            gradient: like the input. Holds that of the output, then that of the input; shared by all pairs, of which
+                one runs at a time.
+            leaves: the gradient of the input is sent to another pipeline stage, while its memory here is used again.
+        """
         self.layer = graphs.layer
         self.settings = graphs.settings
         self.input = torch.empty_like(gradient, requires_grad=True)
         self.output = self.input
         self.gradient = gradient
-        self.leaves = False
-        """The gradient of the input is sent to another pipeline stage, while its memory here is used again."""
+        self.leaves = leaves
         self.busy = False
         """Between forward and backward."""
         parts = (self.layer.input_layernorm, self.layer.self_attention)
@@ -204,6 +210,7 @@ class _Pair:
     def capture_forward(self, pool: Any) -> None:
         with (
             _exchanged(self.owners, dict(zip(self.parameters, self._captured, strict=True))),
+            _fp8(self.layer.config, self.layer.layer_number, self.owners),
             _into(self._forward, pool),
         ):
             self.output = self.layer.eager_attention(self.input, self.settings)
@@ -246,17 +253,20 @@ class _Replay(torch.autograd.Function):
         return None, of_input, *(added_to_main_grad(parameter) for parameter in ctx.pair.parameters)
 
 
-def _capture_turn(chunk: Sequence[LayerGraphs], gradient: Tensor) -> None:
-    """One pair for every layer of a chunk, all in one pool. `gradient`: see `_Pair`."""
-    pool = torch.cuda.graph_pool_handle()
-    turn = [_Pair(layer, gradient) for layer in chunk]
-    for pair in turn:
-        pair.capture_forward(pool)
-    for pair in reversed(turn):
-        pair.capture_backward(pool)
-    turn[0].leaves = turn[0].layer.config.pipeline_model_parallel_size > 1
-    for layer, pair in zip(chunk, turn, strict=True):
-        layer.pairs.append(pair)
+def _capture_pairs(chunks: Sequence[Sequence[LayerGraphs]], gradient: Tensor) -> None:
+    """Of every layer one for each micro-batch in flight. `gradient`: see `_Pair`."""
+    forwards, backwards = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
+    pairs: list[_Pair] = []
+    for chunk in chunks:
+        piped = chunk[0].layer.config.pipeline_model_parallel_size > 1
+        for _ in range(chunk[0].most_in_flight):
+            for layer in chunk:
+                pair = _Pair(layer, gradient, leaves=piped and layer is chunk[0])
+                pair.capture_forward(forwards)
+                layer.pairs.append(pair)
+                pairs.append(pair)
+    for pair in pairs:
+        pair.capture_backward(backwards)
 
 
 @contextmanager
@@ -283,6 +293,22 @@ def _into(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
             graph.capture_end()
         raise
     graph.capture_end()
+
+
+@contextmanager
+def _fp8(config: TransformerConfig, layer_number: int, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """As `TransformerBlock` calls a layer, but that weights are quantised inside the graph, each time that it runs:
+    outside, Transformer Engine's modules do so in the first micro-batch of a step alone."""
+    keep = "disable_parameter_transpose_cache"
+    before = {module: getattr(module, keep) for module in modules if hasattr(module, keep)}
+    for module in before:
+        setattr(module, keep, True)
+    try:
+        with get_fp8_context(config, layer_number - 1):
+            yield
+    finally:
+        for module, value in before.items():
+            setattr(module, keep, value)
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:

@@ -18,6 +18,7 @@ from tests.launch import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HIDDEN, WIDTH, STEPS = 512, 1408, 50
+PIPELINE = ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.pipeline=2"]
 
 pytestmark = NEEDS_HOPPER
 
@@ -127,12 +128,15 @@ def test_two_gpus_train_as_one(text: Path, tmp_path: Path) -> None:
     [
         (1, []),
         (1, ["model.implementation=local"]),
+        (1, ["training.fp8=hybrid", "training.fp8_recipe=tensorwise"]),
         (2, []),
-        (2, ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.pipeline=2"]),
+        (2, ["training.fp8=hybrid", "training.fp8_recipe=blockwise"]),
+        (2, PIPELINE),
+        (2, [*PIPELINE, "parallel.virtual_pipeline=2"]),
         (2, ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.context=2"]),
         (2, ["parallel.tensor=1", "parallel.sequence_parallel=false"]),
     ],
-    ids=["one", "local", "tensor", "pipeline", "context", "data"],
+    ids=["one", "local", "tensorwise", "tensor", "blockwise", "pipeline", "interleaved", "context", "data"],
 )
 def test_cuda_graphs_change_nothing(gpus: int, overrides: list[str], text: Path, tmp_path: Path) -> None:
     """The same kernels in the same order: the same losses, bit for bit, over several micro-batches a step."""
