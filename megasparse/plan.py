@@ -168,8 +168,7 @@ def _stage(
         if first:
             total += _in_flight(cfg, stage, micro_batches) * _residual(cfg)  # output of the embedding
         if cfg.training.cuda_graphs:
-            # Each micro-batch in flight has 8-bit weights of its own.
-            total += _graph_temporaries(cfg) + _in_flight(cfg, stage, micro_batches) * _fp8_weights(cfg)
+            total += _graph_temporaries(cfg, stage, micro_batches)
         return math.ceil(total)
 
     return StageMemory(
@@ -207,11 +206,15 @@ def parameters_on_stage(cfg: Config, stage: int) -> int:
     return count
 
 
-def _graph_temporaries(cfg: Config) -> int:
-    """Bytes that CUDA graphs keep besides what the attention part saves: room for one layer's temporaries. Measured: 13
-    times the hidden states (0.5B; 13B under TP 2), and gradients of the weights."""
+def _graph_temporaries(cfg: Config, stage: int, micro_batches: int) -> float:
+    """Bytes that CUDA graphs keep besides what the attention part saves: room for what one layer needs for itself, once
+    for all backwards, and for the forwards of every micro-batch in flight, in every chunk; there with 8-bit weights of
+    their own. Measured, in hidden states of a micro-batch: 13 for one in flight (0.5B; 13B under TP 2)."""
+    in_flight = _in_flight(cfg, stage, micro_batches)
+    states = 8 + 5 * in_flight * (cfg.parallel.virtual_pipeline or 1)
     attention = count_parameters(cfg).attention_per_layer // cfg.parallel.tensor
-    return (13 * _tokens(cfg) * cfg.model.hidden_size + attention) * _element(cfg)
+    temporaries = (states * _tokens(cfg) * cfg.model.hidden_size + attention) * _element(cfg)
+    return temporaries + in_flight * _fp8_weights(cfg)
 
 
 def _fp8_weights(cfg: Config) -> int:

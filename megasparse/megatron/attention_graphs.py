@@ -8,10 +8,10 @@ A graph reads and writes the same memory each time. So a layer has one pair of g
 between its forward and its backward: one without pipeline parallelism, else as many as the first step had. Pipeline
 schedules run the backwards of a chunk in the order of its forwards, so the pairs are used in turns.
 
-All pairs share two pools of memory. The forwards are captured into the first, before any backward: what they keep for
-their backwards keeps its place, and what they use besides, the next one uses again. The backwards are captured into the
-second. What they set free of the first is never given out again, since nothing is captured into it any more; so graphs
-may run in any order, one at a time.
+The forwards of one turn share a pool of memory: what one uses for itself alone, the next may keep for its backward, as
+they always run in that order. Another turn's forwards run in between, so each turn has a pool of its own. All backwards
+share one pool, as they keep nothing. They are captured when all forwards are: what they set free of the forwards' pools
+is never given out again, so they may run in any order.
 
 The backward adds the gradients of the weights to `main_grad` inside the graph and tells Megatron so, as fused weight
 gradients do (`autograd.FusedWeightGrad`). Those of Megatron-Core (`TECudaGraphHelper`) need Transformer Engine and a
@@ -255,18 +255,19 @@ class _Replay(torch.autograd.Function):
 
 def _capture_pairs(chunks: Sequence[Sequence[LayerGraphs]], gradient: Tensor) -> None:
     """Of every layer one for each micro-batch in flight. `gradient`: see `_Pair`."""
-    forwards, backwards = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
     pairs: list[_Pair] = []
     for chunk in chunks:
         piped = chunk[0].layer.config.pipeline_model_parallel_size > 1
         for _ in range(chunk[0].most_in_flight):
+            pool = torch.cuda.graph_pool_handle()
             for layer in chunk:
                 pair = _Pair(layer, gradient, leaves=piped and layer is chunk[0])
-                pair.capture_forward(forwards)
+                pair.capture_forward(pool)
                 layer.pairs.append(pair)
                 pairs.append(pair)
+    pool = torch.cuda.graph_pool_handle()
     for pair in pairs:
-        pair.capture_backward(backwards)
+        pair.capture_backward(pool)
 
 
 @contextmanager
