@@ -139,7 +139,7 @@ def make_plan(cfg: Config, world_size: int, l0: float | None = None) -> Plan:
         micro_batches=micro_batches,
         tokens_per_step=tokens_per_step,
         tokens_total=tokens_per_step * training.steps,
-        layers_per_chunk=cfg.model.num_layers // (parallel.pipeline * chunks),
+        layers_per_chunk=_chunk_layers(cfg),
         bubble=(parallel.pipeline - 1) / (chunks * micro_batches),
         parameters=count_parameters(cfg),
         assumed_l0=l0,
@@ -161,14 +161,16 @@ def _stage(
     state = 12 if bf16 else 8  # Adam's two fp32 moments; for bf16 weights an fp32 master copy
     first, last = stage == 0, stage == parallel.pipeline - 1
 
+    flight = _in_flight(cfg, stage, micro_batches)
+
     def activations(mlp: int) -> int:
-        total = _layers_in_flight(cfg, stage, micro_batches) * _layer_saved(cfg, mlp)
+        total = flight.at_once * _chunk_layers(cfg) * _layer_saved(cfg, mlp)
         if cfg.training.recompute == "full":  # the layer being recomputed holds everything at once
             total += _layer_everything(cfg, mlp)
         if first:
-            total += _in_flight(cfg, stage, micro_batches) * _residual(cfg)  # output of the embedding
+            total += flight.of_chunk[0] * _residual(cfg)  # output of the embedding
         if cfg.training.cuda_graphs:
-            total += _graph_temporaries(cfg, stage, micro_batches)
+            total += _graphs(cfg, flight)
         return math.ceil(total)
 
     return StageMemory(
@@ -206,15 +208,20 @@ def parameters_on_stage(cfg: Config, stage: int) -> int:
     return count
 
 
-def _graph_temporaries(cfg: Config, stage: int, micro_batches: int) -> float:
-    """Bytes that CUDA graphs keep besides what the attention part saves: room for what one layer needs for itself, once
-    for all backwards, and for the forwards of every micro-batch in flight, in every chunk; there with 8-bit weights of
-    their own. Measured, in hidden states of a micro-batch: 13 for one in flight (0.5B; 13B under TP 2)."""
-    in_flight = _in_flight(cfg, stage, micro_batches)
-    states = 8 + 5 * in_flight * (cfg.parallel.virtual_pipeline or 1)
-    attention = count_parameters(cfg).attention_per_layer // cfg.parallel.tensor
-    temporaries = (states * _tokens(cfg) * cfg.model.hidden_size + attention) * _element(cfg)
-    return temporaries + in_flight * _fp8_weights(cfg)
+def _graphs(cfg: Config, flight: InFlight) -> float:
+    """Bytes that CUDA graphs keep besides what the attention part of the micro-batches in flight saves.
+
+    Each chunk has graphs for as many micro-batches as it ever has in flight, which chunks do not have at the same time.
+    Their forwards have room for what one layer needs for itself, and 8-bit weights of their own; all backwards have
+    such room once. Measured, in hidden states of a micro-batch, on 0.5B (alone, TP 2, PP 2 with and without
+    interleaving) and on layers of 13B and 70B (TP 2).
+    """
+    captured, tensor = sum(flight.of_chunk), cfg.parallel.tensor
+    idle = (captured - flight.at_once) * _chunk_layers(cfg) * _attention_part(cfg)
+    states = captured * (1.5 + 2 / tensor) + 10.5 / tensor
+    weights = count_parameters(cfg).attention_per_layer // tensor  # their gradients
+    temporaries = (states * _tokens(cfg) * cfg.model.hidden_size + weights) * _element(cfg)
+    return idle + temporaries + captured / len(flight.of_chunk) * _fp8_weights(cfg)
 
 
 def _fp8_weights(cfg: Config) -> int:
@@ -242,17 +249,35 @@ def _residual(cfg: Config) -> int:
     return _tokens(cfg) // share * cfg.model.hidden_size * _element(cfg)
 
 
-def _in_flight(cfg: Config, stage: int, micro_batches: int) -> float:
-    """Micro-batches whose activations a stage holds at once (1F1B; interleaved: Korthikanti et al., section 4)."""
+def _chunk_layers(cfg: Config) -> int:
+    return cfg.model.num_layers // (cfg.parallel.pipeline * (cfg.parallel.virtual_pipeline or 1))
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Micro-batches between their forward and their backward on one stage, at most."""
+
+    at_once: int
+    """In all chunks together: a micro-batch counts in each chunk that holds its activations."""
+    of_chunk: tuple[int, ...]
+    """In each chunk, whatever the others hold then."""
+
+
+def _in_flight(cfg: Config, stage: int, micro_batches: int) -> InFlight:
+    """Goes through the stage's schedule: 1F1B, or interleaved (Megatron-Core's pipeline_parallel/schedules.py)."""
     pipeline, chunks = cfg.parallel.pipeline, cfg.parallel.virtual_pipeline or 1
-    held = float(pipeline - stage)
-    if chunks > 1:
-        held = pipeline * (1 + (pipeline - 1 - 2 * stage) / (pipeline * chunks))
-    return min(max(held, 1.0), micro_batches)
-
-
-def _layers_in_flight(cfg: Config, stage: int, micro_batches: int) -> float:
-    return _in_flight(cfg, stage, micro_batches) * cfg.model.num_layers / cfg.parallel.pipeline
+    before_first_backward = pipeline - stage - 1
+    if chunks > 1:  # chunk by chunk, for groups of as many micro-batches as there are stages
+        before_first_backward = 2 * before_first_backward + (chunks - 1) * pipeline
+    group = pipeline if chunks > 1 else 1
+    held, most, at_once = [0] * chunks, [0] * chunks, 0
+    for turn in range(min(micro_batches * chunks, before_first_backward + 2 * chunks * group)):
+        held[turn // group % chunks] += 1
+        most = [max(pair) for pair in zip(most, held, strict=True)]
+        at_once = max(at_once, sum(held))
+        if turn >= before_first_backward:
+            held[chunks - 1 - (turn - before_first_backward) // group % chunks] -= 1
+    return InFlight(at_once, tuple(most))
 
 
 def _mlp_saved(cfg: Config, l0: float | None) -> int:
@@ -299,11 +324,15 @@ def _projection_input(cfg: Config) -> int:
     return _residual(cfg) if cfg.training.fp8 == "off" else _residual(cfg) // 2
 
 
+def _attention_part(cfg: Config) -> int:
+    """Bytes that one layer saves up to the sum of attention's output and the residual stream, both included."""
+    return 2 * _residual(cfg) + _projection_input(cfg) + _attention_saved(cfg)
+
+
 def _layer_everything(cfg: Config, mlp: int) -> int:
     """Bytes one layer saves without recomputation."""
-    # Two residual tensors and the outputs of the two norms.
     dropout = 2 * _residual(cfg) // _element(cfg) if cfg.model.hidden_dropout else 0
-    return 3 * _residual(cfg) + _projection_input(cfg) + _attention_saved(cfg) + mlp + dropout
+    return _attention_part(cfg) + _residual(cfg) + mlp + dropout  # the residual: output of the norm before the MLP
 
 
 def _layer_saved(cfg: Config, mlp: int) -> float:
@@ -311,8 +340,7 @@ def _layer_saved(cfg: Config, mlp: int) -> float:
     training = cfg.training
     everything = _layer_everything(cfg, mlp)
     if training.recompute == "full":
-        chunk = cfg.model.num_layers // (cfg.parallel.pipeline * (cfg.parallel.virtual_pipeline or 1))
-        share = (training.recompute_layers or chunk) / chunk
+        share = (training.recompute_layers or _chunk_layers(cfg)) / _chunk_layers(cfg)
         return share * _residual(cfg) + (1 - share) * everything
     if training.recompute == "selective":
         if "mlp" in training.recompute_modules:

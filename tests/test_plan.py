@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megasparse.config import Config, ConfigError, load_config, parse_config
-from megasparse.plan import COMMUNICATORS, Plan, count_parameters, make_plan, parameters_on_stage
+from megasparse.plan import COMMUNICATORS, Plan, _in_flight, count_parameters, make_plan, parameters_on_stage
 from tests.launch import run_distributed
 from tests.test_config import CONFIGS
 
@@ -104,6 +104,25 @@ def test_activations_by_hand() -> None:
     first, second = memory(["parallel.pipeline=2"], 2).stages  # two layers each; two and one micro-batches in flight
     assert first.activations_dense == 2 * 2 * layer + 2 * residual
     assert second.activations_dense == 2 * layer
+
+
+@pytest.mark.parametrize(
+    ("layout", "micro_batches", "expected"),
+    [
+        ([], 4, [(1, (1,))]),
+        (["parallel.pipeline=2"], 4, [(2, (2,)), (1, (1,))]),
+        (["parallel.pipeline=4"], 2, [(2, (2,)), (2, (2,)), (2, (2,)), (1, (1,))]),
+        # F: forward, B: backward of chunk 0 or 1. First stage: F0 F0 F1 F1 F0 B1 F0 B1 F1 B0 ...; second: F0 F0 F1 B1
+        # F1 B1 F0 B0 F0 B0 ...
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 4, [(5, (4, 2)), (3, (3, 1))]),
+    ],
+)
+def test_micro_batches_in_flight_by_hand(
+    layout: list[str], micro_batches: int, expected: list[tuple[int, tuple[int, ...]]]
+) -> None:
+    cfg = parse_config(TINY, layout)
+    found = [_in_flight(cfg, stage, micro_batches) for stage in range(cfg.parallel.pipeline)]
+    assert [(flight.at_once, flight.of_chunk) for flight in found] == expected
 
 
 def test_recomputed_norms_by_hand() -> None:
@@ -215,6 +234,19 @@ def test_memory_is_within_a_tenth_of_what_was_measured(name: str, path: str) -> 
     total = stage.total(path == "sparse") + _gathered_inputs(cfg, stage.stage, layout["gpus"])
     assert total - stage.overhead == pytest.approx(measured["peak"], rel=0.1)
     assert total + (UNUSED_GROUPS if layout["gpus"] > 1 else 0) == pytest.approx(measured["device"], rel=0.1)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("name", ["2b", "13b"])
+def test_memory_of_cuda_graphs_is_within_a_twentieth_of_what_was_measured(name: str, path: str) -> None:
+    """On H200s, by tools/benchmark_pretrain.py: activations, what graphs hold included; all layers on the path."""
+    record = json.loads((ROOT / f"docs/benchmarks/pretrain-{name}-graphs-h200.json").read_text())
+    cfg = parse_config(record["config"])
+    assert cfg.training.cuda_graphs
+    l0 = sum(layer["l0"] for layer in record["layers"]) / len(record["layers"])
+    stage = make_plan(cfg, record["environment"]["world_size"], l0).worst(sparse=path == "sparse")
+    found = stage.activations_sparse if path == "sparse" else stage.activations_dense
+    assert found == pytest.approx(record["variants"][path]["memory"]["measured"]["activations"], rel=0.05)
 
 
 UNUSED_GROUPS = (6 << 30) - COMMUNICATORS
