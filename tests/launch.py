@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import os
+import random
 import resource
 import secrets
 import socket
@@ -30,10 +31,12 @@ _pool: list[_Worker] = []
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on now, below those that the system itself may give to anybody at any moment."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("a hundred ports between 20000 and 32000 are all in use")
 
 
 def fork(body: Callable[[], int]) -> int:
