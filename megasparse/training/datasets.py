@@ -3,11 +3,12 @@
     python -m megasparse.training.datasets CONFIG [a.b=c ...] [--validation]
 
 builds the sample indices alone, on a machine without GPUs, ahead of a run on very large data (or of a validation of its
-own).
+own). Exit code 2 where configuration or data are wrong, 1 where storage fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import os
@@ -28,7 +29,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megasparse.config import Config, ConfigError, Problem, dump_config, load_config
+from megasparse.config import Config, ConfigError, Problem, check_files, dump_config, load_config
 from megasparse.config.inputs import describe_data
 from megasparse.ranks import StorageError, on_every_rank, on_first_rank, this_rank
 
@@ -392,16 +393,35 @@ def _build_in_own_process(cfg: Config, train: bool) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Builds the sample indices of a configuration in this process alone."""
-    path, *overrides = (text for text in arguments if text != "--validation")
-    cfg = load_config(path, overrides)
+    """Builds the sample indices of a configuration in this process alone.
+
+    Raises:
+        ConfigError, StorageError: as `build_datasets`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megasparse.training.datasets",
+        description="Builds the sample indices of a run in its data.cache_dir, ahead of the run.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="override a key: those of the run")
+    parser.add_argument("--validation", action="store_true", help="those alone that `megasparse evaluate` needs")
+    args = parser.parse_intermixed_args(arguments)
+    cfg = load_config(args.config, args.overrides)
+    if not args.validation:  # which reads no training data
+        check_files(cfg)
     check_splits(cfg)
+    cache = Path(os.path.expandvars(str(cfg.cache_directory)))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        _build(cfg, Path(os.path.expandvars(str(cfg.cache_directory))), "--validation" not in arguments)
+        _build(cfg, cache, not args.validation)
     finally:
         dist.destroy_process_group()
+    print(f"sample indices: {cache}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, StorageError) as error:
+        print(f"megasparse: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))

@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +393,21 @@ def test_an_index_cut_short_is_built_again(tmp_path: Path, data_folder: Path) ->
     datasets.main([str(config)])
     datasets.main([str(config)])
     assert not list((tmp_path / "run" / "cache").glob("*.part"))
+
+
+def test_the_command_that_builds_indices_explains_mistakes(tmp_path: Path, data_folder: Path) -> None:
+    def build(prefix: Path) -> subprocess.CompletedProcess[str]:
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(configuration(tmp_path / "run", str(prefix))))
+        command = [sys.executable, "-m", "megasparse.training.datasets", str(config), "training.steps=20"]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    missing = build(tmp_path / "none")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("megasparse: ")
+    assert "none.bin" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    built = build(data_folder / "a")
+    assert built.returncode == 0, built.stderr
+    assert built.stdout.endswith(f"sample indices: {tmp_path / 'run' / 'cache'}\n")
+    assert list((tmp_path / "run" / "cache").glob("*.npy"))
