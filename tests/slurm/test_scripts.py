@@ -172,6 +172,20 @@ def test_an_array_takes_every_file_that_is_named(tmp_path: Path) -> None:
         assert re.findall(rf"{tmp_path}/(\S+)", done.stdout) == expected, done.stderr
 
 
+def test_a_task_whose_shard_is_there_ends_well(tmp_path: Path) -> None:
+    """So that an array which is submitted again, and what depends on it, can succeed."""
+    for name in ("site.sh", "a.txt", "shard-00000-of-00001.idx"):
+        (tmp_path / name).touch()
+    for flags, expected in (((), "is there already"), (("--overwrite",), "megasparse preprocess")):
+        done = bash(
+            'MEGASPARSE_ROOT=$root bash "$root/slurm/preprocess.sbatch" "$@" --tokenizer words',
+            str(tmp_path / "shard"), str(tmp_path / "a.txt"), *flags,
+            MEGASPARSE_PYTHON="echo", MEGASPARSE_SITE=str(tmp_path / "site.sh"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
 class FakeSlurm:
     """Stands for SLURM's commands around slurm/pretrain.sbatch, and for its look at the configuration.
 
