@@ -252,7 +252,7 @@ class TrainingConfig(Section):
     """selective: what is recomputed."""
     cuda_graphs: bool = False
     """The attention part of every layer as CUDA graphs: one launch in place of dozens, for GPUs that wait for their
-    host (`perf/gpu_wait_s` near 0): small micro-batches, layers cut by tensor or context parallelism."""
+    host: small micro-batches, layers cut by tensor or context parallelism."""
     eval_interval: NonNegativeInt = 500
     """Steps between validations; 0: only at the end."""
     eval_steps: NonNegativeInt = 10

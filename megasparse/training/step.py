@@ -48,8 +48,8 @@ class StepResult(NamedTuple):
     stop: StopReason
     """Why to stop after this step, if at all."""
     gpu_wait_seconds: float
-    """How long this rank's host, done with launching the backward, waited for its GPU. Near zero: the GPU waits for
-    the host."""
+    """How long this rank's host, done with launching the backward, waited for its GPU. Near zero: the GPU may wait
+    for the host."""
 
 
 def connect_schedule(model: Sequence[torch.nn.Module], own_time: OwnTime) -> None:
