@@ -22,6 +22,8 @@ if [[ ! -f $run/data/text.json ]]; then
     megasparse preprocess "${inputs[@]}" --output "$run/data/text" --train-tokenizer 2048 \
         --include '*.py' --include '*.txt' --include '*.jsonl' --include '*.parquet' \
         --exclude site-packages --exclude test --exclude tests --exclude lib2to3 --shuffle-files 0
+elif [[ $# -gt 0 ]]; then
+    echo "note: $run/data/text is there from an earlier call and stays as it is; for other text set MEGASPARSE_RUN" >&2
 fi
 megasparse pretrain configs/quickstart.yaml "run.directory=$run" "data.blend=$run/data/text" \
     "data.tokenizer=$run/data/text-tokenizer"
