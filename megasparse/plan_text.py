@@ -46,7 +46,7 @@ def print_plan(
         console.print("[yellow]Before this can run:[/yellow]")
     for text in missing:
         console.print(text, markup=False)
-    return not missing and (gpu_memory is None or _needed(cfg, plan.worst(sparse=False)) <= gpu_memory)
+    return not missing and (gpu_memory is None or _needed(cfg, _fullest(cfg, plan)) <= gpu_memory)
 
 
 def _missing(cfg: Config) -> list[str]:
@@ -136,7 +136,7 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _memory(cfg: Config, plan: Plan, gpu_memory: float | None) -> Table:
-    stage = plan.worst(sparse=False)
+    stage = _fullest(cfg, plan)
     table = Table(title="memory per GPU, GiB (estimate)", title_justify="left", title_style="bold")
     table.add_column(f"stage {stage.stage} (the fullest)" if len(plan.stages) > 1 else "")
     table.add_column("all layers dense", justify="right")
@@ -157,6 +157,11 @@ def _memory(cfg: Config, plan: Plan, gpu_memory: float | None) -> Table:
     table.caption_justify = "left"
     table.caption = _verdict(cfg, stage, gpu_memory)
     return table
+
+
+def _fullest(cfg: Config, plan: Plan) -> StageMemory:
+    """As the run starts: with sparse layers it may be another than with dense ones."""
+    return plan.worst(cfg.sparsity.path == "sparse")
 
 
 def _needed(cfg: Config, stage: StageMemory) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megasparse.config import Config, ConfigError, load_config, parse_config
+from megasparse.config import Config, ConfigError, load_config, load_with_origins, parse_config
 from megasparse.plan import COMMUNICATORS, Plan, _in_flight, count_parameters, make_plan, parameters_on_stage
+from megasparse.plan_text import print_plan
 from tests.launch import run_distributed
 from tests.test_config import CONFIGS
 
@@ -123,6 +124,20 @@ def test_micro_batches_in_flight_by_hand(
     cfg = parse_config(TINY, layout)
     found = [_in_flight(cfg, stage, micro_batches) for stage in range(cfg.parallel.pipeline)]
     assert [(flight.at_once, flight.of_chunk) for flight in found] == expected
+
+
+def test_a_run_that_starts_sparse_must_fit_its_stage_that_is_fullest_then(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the one that would be the fullest if all layers were dense."""
+    overrides = ["parallel.pipeline=2", "sparsity.path=sparse", "model.vocab_size=128256"]
+    loaded = load_with_origins(ROOT / "configs/paper-1b.yaml", [*overrides, "training.micro_batch_size=1"])
+    first, last = make_plan(loaded.config, 2).stages
+    assert first.total(sparse=False) > last.total(sparse=False)
+    assert first.total(sparse=True) < last.total(sparse=True)
+    between = (first.total(sparse=True) + last.total(sparse=True)) / 2 / (1 << 30)
+    print_plan(loaded, 2, gpu_memory=between)
+    output = capsys.readouterr().out
+    assert "stage 1 (the fullest)" in output
+    assert f"Too much for {between:g} GiB" in output
 
 
 def test_recomputed_norms_by_hand() -> None:
