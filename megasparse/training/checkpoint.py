@@ -111,12 +111,13 @@ class Checkpointer:
             ) from error
         remove_leftovers(self._root)
 
-    def save(self, state: TrainState, extra: dict[str, Any]) -> None:
+    def save(self, state: TrainState, extra: dict[str, Any], keep_older: bool = False) -> None:
         """Saves the run after `state.step`; returns before it is on disk where `async_save` is set.
 
         Args:
             state: the run.
             extra: plain values to save beside it, the same on every rank.
+            keep_older: removes none of those before it, however many there are.
 
         Raises:
             StorageError: it cannot be written, or the one before that was written in the background.
@@ -133,7 +134,7 @@ class Checkpointer:
         arguments: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             arguments["async_strategy"] = "mcore"
-        complete = partial(self._complete, partial_path, state.step)
+        complete = partial(self._complete, partial_path, state.step, keep_older)
         with signals_wait(), self._storage_errors():
             on_every_rank(start_save_helper)
             request = dist_checkpointing.save(
@@ -191,7 +192,7 @@ class Checkpointer:
         if self._queue is not None:
             self._queue.close()
 
-    def _complete(self, partial_path: Path, step: int) -> None:
+    def _complete(self, partial_path: Path, step: int, keep_older: bool) -> None:
         def own() -> dict[str, int]:
             return {file.name: checksum(file) for file in partial_path.glob(f"__{dist.get_rank()}_*.distcp")}
 
@@ -201,12 +202,13 @@ class Checkpointer:
         except StorageError as error:
             raise self._storage_error(str(error)) from error
         checksums = {name: value for part in gathered for name, value in part.items()}
-        self._on_saved(on_first_rank(partial(self._publish, partial_path, step, checksums)))
+        self._on_saved(on_first_rank(partial(self._publish, partial_path, step, checksums, keep_older)))
 
-    def _publish(self, partial_path: Path, step: int, checksums: dict[str, int]) -> Path:
+    def _publish(self, partial_path: Path, step: int, checksums: dict[str, int], keep_older: bool) -> Path:
         final = publish(partial_path, step, checksums)
-        for path in prune(self._root, step, self._cfg.checkpoint.keep_last, self._cfg.checkpoint.keep_every):
-            log.info("checkpoint: removed %s", path)
+        if not keep_older:
+            for path in prune(self._root, step, self._cfg.checkpoint.keep_last, self._cfg.checkpoint.keep_every):
+                log.info("checkpoint: removed %s", path)
         log.info("checkpoint: saved %s", final)
         return final
 

@@ -107,7 +107,7 @@ def train(run: Run) -> StopReason:
             if evaluates:
                 reason = validate(run)
             end = last or reason != StopReason.NONE
-            # While steps are skipped the weights may be what is broken: they must not push out checkpoints from before.
+            # While steps are skipped the weights may be what is broken: saved at the end alone, beside those before.
             saves = is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0)
             if saves:
                 run.heartbeat.at(state.step, "checkpoint")
@@ -274,8 +274,8 @@ def validate(run: Run, whole: bool = False) -> StopReason:
 
 def save(run: Run) -> None:
     """Saves a checkpoint of everything after the step that has just ended."""
-    probes = data_probes(run.datasets.train, run.state.consumed_samples)
-    run.checkpointer.save(run.state, {"data": [list(probe) for probe in probes]})
+    probes = [list(probe) for probe in data_probes(run.datasets.train, run.state.consumed_samples)]
+    run.checkpointer.save(run.state, {"data": probes}, keep_older=run.skipped_in_a_row > 0)
 
 
 def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:

@@ -281,6 +281,24 @@ def test_steps_that_are_not_finite_are_skipped_then_given_up(tmp_path: Path, dat
     assert all(record["digest"] for record in result["records"]), "observers end their files"
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_checkpoint_of_what_may_be_broken_takes_no_other_s_place(
+    tmp_path: Path, data_folder: Path, helper: Helper, asynchronous: bool
+) -> None:
+    """A run that is told to stop, or has its last step, while steps are skipped: it cannot be gone on with."""
+    run = case(tmp_path, data_folder, interval=4, keep_last=1, async_save=asynchronous)
+    run["training"]["steps"] = 12
+    root = tmp_path / "run" / "checkpoints"
+    result = helper.run(run, broken_from=6, stop_file_at=7)
+    assert_stopped(tmp_path, result, 1, "STOP_FILE", 8)
+    stopped_at = json.loads((tmp_path / "run" / "exit.json").read_text())["step"]
+    assert [found.step for found in find_checkpoints(root)] == [stopped_at, 4]
+    result = helper.run(run)
+    assert result["exit"] == [0], result["output"]
+    assert result["records"][0]["steps"]["12"]["optim/skipped_steps"] == 12 - 5
+    assert [found.step for found in find_checkpoints(root)] == [12, stopped_at, 4]
+
+
 def test_one_step_with_infinite_activations_leaves_no_trace(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     """Where every neuron seems to fire, and where dead ones were to get rows that depend on the layer's inputs."""
     run = case(tmp_path, data_folder, interval=5)
