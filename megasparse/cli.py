@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ from megasparse.slurm.commands import add_launch, add_status
 
 EXIT_MISTAKE = 2
 OVERRIDES = "a.b=c"
+FIRST_RANK_SPEAKS = 10.0
+"""Seconds in which rank 0 tells what all ranks have found, before another one ends: torchrun and srun end the whole
+job as soon as one rank has."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -78,6 +82,9 @@ def _print_mistake(error: Exception) -> None:
         print(f"megasparse: {error}", file=sys.stderr)
     elif not isinstance(error, ConfigError) or error.host_specific:
         print(f"megasparse (rank {rank} on {host_name()}): {error}", file=sys.stderr)
+    else:
+        with suppress(KeyboardInterrupt):
+            time.sleep(FIRST_RANK_SPEAKS)
 
 
 def build_parser() -> argparse.ArgumentParser:
