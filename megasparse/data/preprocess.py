@@ -106,6 +106,8 @@ def _working_folder(output: Path) -> Iterator[Path]:
     """A hidden folder beside the output, removed at the end; those of killed processes are removed too."""
     if output.name in ("", ".", "..") or output.is_dir():
         raise DataError(f"--output {output}: a folder; give a prefix in it, for example {output / 'data'}")
+    if output.suffix in (".bin", ".idx"):
+        raise DataError(f"--output {output}: a prefix is without {output.suffix}; give {output.with_suffix('')}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{output.name}.partial-{socket.gethostname()}-"

@@ -483,3 +483,10 @@ def test_text_by_line(tmp_path: Path) -> None:
     records = list(read_documents(path, per_line=True))
     assert [record.text("text") for record in records] == ["one", "two", "three"]
     assert [record.where for record in records] == [f"{path}:1", f"{path}:3", f"{path}:4"]
+
+
+def test_an_output_is_named_without_the_ending(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    with pytest.raises(DataError, match=r"a prefix is without \.bin; give .*/corpus$"):
+        preprocess(PreprocessOptions([str(source)], tmp_path / "corpus.bin", tokenizer=tokenizer.path))
+    assert os.listdir(tmp_path) == ["in.jsonl"]
