@@ -150,7 +150,7 @@ def _add_preprocess(commands: Any) -> None:
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "overrides", nargs="*", metavar=OVERRIDES, help="override a key, for example training.steps=100"
+        "overrides", nargs="*", default=[], metavar=OVERRIDES, help="override a key, for example training.steps=100"
     )
 
 
@@ -291,7 +291,7 @@ def _quiet_megatron() -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from megasparse.config import ConfigError, Problem, check_directories, check_files, load_with_origins
+    from megasparse.config import ConfigError, Problem, check_directories, check_files, check_space, load_with_origins
 
     for option in ("--world-size", "--l0", "--gpu-memory"):
         if not args.dry_run and getattr(args, option.lstrip("-").replace("-", "_")) is not None:
@@ -303,6 +303,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         return int(not print_plan(loaded, args.world_size, args.l0, args.gpu_memory))
     check_files(loaded.config)
     check_directories(loaded.config)
+    check_space(loaded.config)
     _quiet_megatron()
     from megasparse.training.loop import pretrain
 

@@ -230,7 +230,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         check_files(parse_config({**SMALL, "data": {k: str(tmp_path / v) for k, v in data.items()}}))
 
     check(train="a", valid="a", tokenizer="a-tokenizer")
-    with pytest.raises(ConfigError, match=r"data = .*b': made with another tokenizer"):
+    with pytest.raises(ConfigError, match=r"data\.valid = .*b': made with another tokenizer"):
         check(train="a", valid="b")
     with pytest.raises(ConfigError, match="a-tokenizer"):
         check(train="b", tokenizer="a-tokenizer")

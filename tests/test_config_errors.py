@@ -8,9 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megasparse.config import ConfigError, check_directories, check_files, load_config, parse_config
+from megasparse.config import ConfigError, check_directories, check_files, check_space, load_config, parse_config
+from megasparse.data.index_file import DatasetWriter
 from tests.test_config import SMALL
 from tests.training.cases import write_data
 
@@ -48,14 +50,16 @@ def of_file(tmp_path: Path, text: str, *overrides: str) -> str:
         ("parallel: {tensor: true}", ["parallel.tensor = True", "valid integer"]),
         ("parallel: {tensor: 0}", ["parallel.tensor = 0", "greater than 0"]),
         ("parallel: {sequence_parallel: yes}", ["sequence_parallel = 'yes'", "true or false"]),
-        ("parallel: 2", ["parallel = 2: is a section"]),
+        ("parallel: 2", ["parallel = 2: is a section", "parallel has: tensor, pipeline"]),
         ("optimizer: {lr: -1e-3}", ["optimizer.lr = -0.001", "greater than 0"]),
         ("optimizer: {betas: [0.9, 1.0]}", ["optimizer.betas = [0.9, 1.0]", "item 2 should be less than 1"]),
+        ("optimizer: {betas: [0.9]}", ["a.yaml:3: optimizer.betas = [0.9]", "item 2 is missing"]),
         ("optimizer: {weight_decay_exclude: [norms]}", ["item 1", "did you mean norm?"]),
         ("training: {precision: fp16}", ["training.precision = 'fp16'", "'bf16' or 'fp32'"]),
-        ("data: {blend: [[a, 0.5]]}", ["data.blend = [['a', 0.5]]"]),
+        ("data: {blend: [[a, 0.5]]}", ["data.blend = [['a', 0.5]]", "[[weight, prefix], ...]"]),
+        ("data: {blend: [0.3, a, 0.7, b]}", ["data.blend = [0.3, 'a', 0.7, 'b']", "[[weight, prefix], ...]"]),
         ("data: {blend: []}", ["data.blend"]),
-        ("run: {name: a/b}", ["run.name = 'a/b'"]),
+        ("run: {name: a/b}", ["run.name = 'a/b': may hold letters, digits"]),
         ("run: {name: 7}", ["run.name = 7", """quote it: run.name="'7'" on the command line, '7' in a file"""]),
     ],
 )
@@ -262,6 +266,14 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
     assert text.startswith("3 problems")
     for word in ("absent.bin and no file", "data.tokenizer", "checkpoint.load"):
         assert word in text
+    for name, fix in (
+        (f"{tmp_path}/data.bin", "/data: prefixes are without"),
+        ("0.3 a 0.7 b", "[[weight, prefix], ...]"),
+    ):
+        train = write_data(tmp_path / "data", 3, seed=0)
+        text = message(check_files, parse_config({**SMALL, "data": {"train": train, "valid": name}}))
+        assert text.startswith(f"data.valid = '{name}': no file {name}.bin")
+        assert fix in text
     (tmp_path / "file").write_text("")
     text = message(check_directories, parse_config({**SMALL, "run": {"directory": str(tmp_path / "file" / "run")}}))
     assert text.startswith("run.directory = "), "once, though all else lies in there"
@@ -286,3 +298,31 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{}")
     data = {"tokenizer": str(tmp_path / "broken.json")}
     assert "not a readable tokenizer" in message(parse_config, {**SMALL, "data": data})
+
+
+def test_data_of_another_tool_with_tokens_that_the_vocabulary_lacks(tmp_path: Path) -> None:
+    cfg = parse_config({**SMALL, "data": {"blend": str(tmp_path / "data")}})
+    size = cfg.vocab_size
+    for tokens, there in (
+        ([], True),
+        ([1, size - 1], True),
+        ([size, *range(size), 5], False),
+        (range(size + 1), False),
+    ):
+        writer = DatasetWriter(tmp_path / "data", size)
+        writer.add(np.array(tokens, np.int64), [len(tokens)])
+        writer.finish()
+        if there:
+            check_files(cfg)
+        else:
+            text = message(check_files, cfg)
+            assert f"model.vocab_size = {size}: the data {tmp_path}/data has the token {size}" in text
+            assert f"set at least {size + 1}" in text
+
+
+def test_no_room_for_a_checkpoint(tmp_path: Path) -> None:
+    check_space(parse_config({**SMALL, "run": {"directory": str(tmp_path / "new" / "run")}}))
+    model = {**SMALL["model"], "num_layers": 10**9}
+    text = message(check_space, parse_config({**SMALL, "model": model, "run": {"directory": str(tmp_path / "a")}}))
+    assert text.startswith(f"checkpoint.directory = '{tmp_path}/a/checkpoints': a checkpoint takes ")
+    assert f"GiB, and {tmp_path} has " in text

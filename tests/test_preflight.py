@@ -130,7 +130,7 @@ def test_other_data_on_one_node(commands: Commands, folder: Path, tmp_path_facto
     assert commands.job(job_ranks)[0][0] == 1
     failures, hosts = failed(folder)
     assert (set(failures), hosts) == ({"data", "data files"}, ["n1"])
-    assert failures["data"].startswith("rank 1 on n1: data = 'data': no file data.idx")
+    assert failures["data"].startswith("rank 1 on n1: data.blend = 'data': no file data.idx")
 
 
 def test_another_code_version_on_one_node(

@@ -1,7 +1,7 @@
 """YAML configuration: `load_config(path, overrides) -> Config`. Imports nothing else of this package."""
 
 from megasparse.config.errors import ConfigError, Problem
-from megasparse.config.inputs import check_directories, check_files
+from megasparse.config.inputs import check_directories, check_files, check_space
 from megasparse.config.loader import (
     LoadedConfig,
     Origin,
@@ -53,6 +53,7 @@ __all__ = [
     "WandbConfig",
     "check_directories",
     "check_files",
+    "check_space",
     "dump_config",
     "known_settings",
     "load_config",

@@ -98,10 +98,10 @@ def _read_yaml(path: Path, asked_by: str) -> tuple[dict[str, Any], dict[Key, int
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        near = path.parent.glob("*.yaml") if path.parent.is_dir() else []
-        hint = difflib.get_close_matches(path.name, [file.name for file in near], 1)
-        fix = f"did you mean {path.parent / hint[0]}?" if hint else "check the path"
-        reason = getattr(error, "strerror", None) or str(error)
+        near = path.parent.glob("*.yaml") if isinstance(error, FileNotFoundError) else []
+        hint = difflib.get_close_matches(path.stem, [file.stem for file in near], 1)
+        fix = f"did you mean {path.parent / hint[0]}.yaml?" if hint else "check the path"
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(
             [
                 Problem(

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megasparse.config.errors import ConfigError, Problem
 from megasparse.config.schema import Config
-from megasparse.data.index_file import damage
+from megasparse.data.index_file import damage, largest_token
 from megasparse.small_files import read_json
 
 
 def check_files(cfg: Config) -> None:
     """Data, tokenizer and checkpoint must be there, the data whole and made with that tokenizer.
 
-    Raises ConfigError naming what is not so. Data sets of other tools, without the `.json` that `megasparse
-    preprocess` writes beside them, are taken as they are.
+    Raises ConfigError naming what is not so. Of data sets of other tools, without the `.json` that `megasparse
+    preprocess` writes beside them, some tokens are read to see whether the vocabulary has them.
     """
-    problems = [*_missing_files(cfg)]
-    if not problems:
-        problems += [*_damaged_data(cfg), *_foreign_tokens(cfg)]
+    problems = [*_missing_files(cfg)] or [*_damaged_data(cfg)] or [*_foreign_tokens(cfg)]
     if problems:
         raise ConfigError(problems, host_specific=True)
 
@@ -39,7 +38,7 @@ def check_directories(cfg: Config) -> None:
         ("logging.directory", cfg.logging_directory),
         ("data.cache_dir", Path(os.path.expandvars(cfg.cache_directory))),
     ):
-        there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+        there = _nearest_folder(path)
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             continue
         reason = "is not writable" if there.is_dir() else "is not a directory"
@@ -47,6 +46,35 @@ def check_directories(cfg: Config) -> None:
         problems.setdefault(there, Problem(key, f"{there} {reason}", fix, str(path)))
     if problems:
         raise ConfigError(list(problems.values()), host_specific=True)
+
+
+def check_space(cfg: Config) -> None:
+    """There must be room for one checkpoint: a run that cannot save any had better not start.
+
+    Raises ConfigError naming the directory.
+    """
+    path = cfg.checkpoint_directory
+    there, needed = _nearest_folder(path), checkpoint_bytes(cfg)
+    disk = shutil.disk_usage(there)
+    if disk.total > 0 and disk.free < needed:  # some file systems do not count
+        rule = f"a checkpoint takes {needed / 2**30:.3g} GiB, and {there} has {disk.free / 2**30:.3g} GiB free"
+        problem = Problem("checkpoint.directory", rule, "make room, or choose another place", str(path))
+        raise ConfigError([problem], host_specific=True)
+
+
+def checkpoint_bytes(cfg: Config) -> int:
+    """Of one checkpoint: weights, fp32 master weights (bf16 only) and two Adam moments; 0 where the size is unknown."""
+    from megasparse.plan import count_parameters
+
+    try:
+        return count_parameters(cfg).total * (14 if cfg.training.precision == "bf16" else 12)
+    except ConfigError:  # no vocabulary size, which is found elsewhere
+        return 0
+
+
+def _nearest_folder(path: Path) -> Path:
+    """`path`, or what is there of it."""
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
 def _missing_files(cfg: Config) -> Iterator[Problem]:
@@ -61,13 +89,24 @@ def _missing_files(cfg: Config) -> Iterator[Problem]:
         files = (prefix + ".bin", prefix + ".idx")
         if reasons := [reason for file in files if (reason := _unreadable(file, f"no file {file}"))]:
             fix = "write it with `megasparse preprocess`, or have it made readable; prefixes are without .bin/.idx"
-            yield Problem("data", f"{' and '.join(reasons)} {here}", fix, prefix)
+            bare = prefix.removesuffix(".bin").removesuffix(".idx")
+            if bare != prefix and os.path.exists(bare + ".idx"):
+                fix = f"write {bare}: prefixes are without .bin/.idx"
+            elif " " in prefix:
+                fix = "several data sets are [prefix, ...] or [[weight, prefix], ...]"
+            yield Problem(_key_of(cfg, prefix), f"{' and '.join(reasons)} {here}", fix, prefix)
     if cfg.data.tokenizer and (reason := _unreadable(cfg.data.tokenizer, "no such file")):
         fix = "give a tokenizer.json or a Hugging Face tokenizer directory"
         yield Problem("data.tokenizer", f"{reason} {here}", fix, cfg.data.tokenizer)
     if cfg.checkpoint.load and (reason := _unreadable(cfg.checkpoint.load, "no such path")):
         fix = "give a checkpoint or run directory"
         yield Problem("checkpoint.load", f"{reason} {here}", fix, cfg.checkpoint.load)
+
+
+def _key_of(cfg: Config, prefix: str) -> str:
+    """The first key that names a data set."""
+    blends = {f"data.{name}": getattr(cfg.data, name) for name in ("blend", "train", "valid", "test")}
+    return next(key for key, blend in blends.items() if blend and prefix in [name for _, name in blend])
 
 
 def _unreadable(path: str, absent: str) -> str | None:
@@ -86,7 +125,8 @@ def _damaged_data(cfg: Config) -> Iterator[Problem]:
     for prefix in cfg.data.prefixes:
         rule = damage(prefix)
         if rule is not None:
-            yield Problem("data", rule, "copy it again, or write it anew with `megasparse preprocess`", prefix)
+            fix = "copy it again, or write it anew with `megasparse preprocess`"
+            yield Problem(_key_of(cfg, prefix), rule, fix, prefix)
 
 
 def describe_data(prefix: str) -> dict[str, Any]:
@@ -101,6 +141,12 @@ def _foreign_tokens(cfg: Config) -> Iterator[Problem]:
         if isinstance(size, int) and cfg.model.vocab_size is not None and size > cfg.model.vocab_size:
             rule = f"the data {prefix} has tokens of a vocabulary of {size}"
             yield Problem("model.vocab_size", rule, f"set at least {size}", cfg.model.vocab_size)
+        if size is None and cfg.model.vocab_size is not None:  # of another tool
+            token = largest_token(prefix)
+            if token >= cfg.model.vocab_size:
+                rule = f"the data {prefix} has the token {token}"
+                fix = f"set at least {token + 1}, or tokenise the data with the tokenizer of this model"
+                yield Problem("model.vocab_size", rule, fix, cfg.model.vocab_size)
     made_with = {prefix: d["tokenizer_fingerprint"] for prefix, d in described.items() if "tokenizer_fingerprint" in d}
     if not made_with:
         return
@@ -115,4 +161,5 @@ def _foreign_tokens(cfg: Config) -> Iterator[Problem]:
     for prefix, fingerprint in made_with.items():
         if fingerprint != wanted:
             rule = f"made with another tokenizer ({described[prefix].get('tokenizer')}) than {which}"
-            yield Problem("data", rule, "tokenise it again, or name the right data.tokenizer", prefix)
+            fix = "tokenise it again, or name the right data.tokenizer"
+            yield Problem(_key_of(cfg, prefix), rule, fix, prefix)

@@ -56,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "<dict>") -> Config:
     """A checked configuration from a nested dict, by the same rules as `load_config`."""
     origins = {key: Origin(0, source) for key, _ in _leaves(data)}
-    return _build(copy.deepcopy(dict(data)), origins, overrides).config
+    return _build(copy.deepcopy(dict(data)), origins, overrides, source).config
 
 
 def known_settings(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -84,7 +84,7 @@ def load_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> Loaded
     if "run" not in merged or (isinstance(merged["run"], dict) and "name" not in merged["run"]):
         stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem)
         _merge(merged, origins, {"run": {"name": stem}}, lambda key: Origin(-1, "name of the file"))
-    return _build(merged, origins, overrides)
+    return _build(merged, origins, overrides, str(path))
 
 
 def dump_config(cfg: Config) -> str:
@@ -92,7 +92,7 @@ def dump_config(cfg: Config) -> str:
     return yaml.dump(cfg.model_dump(mode="json"), Dumper=Yaml12Dumper, sort_keys=False)
 
 
-def _build(merged: dict[str, Any], origins: dict[Key, Origin], overrides: Sequence[str]) -> LoadedConfig:
+def _build(merged: dict[str, Any], origins: dict[Key, Origin], overrides: Sequence[str], source: str) -> LoadedConfig:
     rank = 1 + max((origin.rank for origin in origins.values()), default=0)
     problems = []
     for text in overrides:
@@ -106,7 +106,7 @@ def _build(merged: dict[str, Any], origins: dict[Key, Origin], overrides: Sequen
         cfg = Config.model_validate(merged)
     except ValidationError as error:
         problems += translate(error, merged)
-        raise ConfigError(_locate(problems, origins)) from None
+        raise ConfigError(_locate(problems, origins, source)) from None
     if cfg.model.vocab_size is None and cfg.data.tokenizer and os.path.exists(cfg.data.tokenizer):
         try:
             size = tokenizer_vocab_size(cfg.data.tokenizer)
@@ -118,7 +118,7 @@ def _build(merged: dict[str, Any], origins: dict[Key, Origin], overrides: Sequen
     cfg, ignored = _settle_l1(cfg, origins)
     problems += find_problems(cfg) + ignored
     if problems:
-        raise ConfigError(_locate(problems, origins))
+        raise ConfigError(_locate(problems, origins, source))
     return LoadedConfig(cfg, {".".join(key): origin for key, origin in origins.items()})
 
 
@@ -213,12 +213,12 @@ def _settle_l1(cfg: Config, origins: dict[Key, Origin]) -> tuple[Config, list[Pr
     return cfg, problems
 
 
-def _locate(problems: list[Problem], origins: dict[Key, Origin]) -> list[Problem]:
-    """Add to each problem the file and line (or the override) that set its key."""
+def _locate(problems: list[Problem], origins: dict[Key, Origin], source: str) -> list[Problem]:
+    """Add to each problem the file and line (or the override) that set its key; `source` where a key is missing."""
     located = []
     for problem in problems:
         key = tuple(problem.key.split("."))
         origin = origins.get(key) or next((o for k, o in origins.items() if k[: len(key)] == key), None)
-        where = problem.where or (str(origin) if origin else "")
+        where = problem.where or (str(origin) if origin else source if problem.rule == "missing" else "")
         located.append(Problem(problem.key, problem.rule, problem.fix, problem.value, where))
     return located

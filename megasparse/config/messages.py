@@ -13,6 +13,7 @@ from megasparse.config.errors import Problem
 from megasparse.config.schema import Config
 
 Key = tuple[str, ...]
+BLENDS = tuple(("data", name) for name in ("blend", "train", "valid", "test"))
 
 
 def schema_keys(model: type[BaseModel] = Config, key: Key = ()) -> Iterator[Key]:
@@ -63,7 +64,7 @@ def translate(error: ValidationError, data: Mapping[str, Any]) -> list[Problem]:
         dotted = ".".join(key)
         if unknown:
             problems[key] = Problem(dotted, "unknown key", _suggest(key))
-        elif item["type"] == "missing":
+        elif item["type"] == "missing" and key == loc:
             problems[key] = Problem(dotted, "missing", f"set {dotted}")
         else:
             problems[key] = Problem(dotted, _sentence(item), _fix(item, key), _value_at(data, key))
@@ -79,13 +80,20 @@ def _value_at(data: Any, key: Key) -> Any:
 def _sentence(item: Any) -> str:
     if item["type"] in ("model_type", "model_attributes_type"):
         return "is a section, with keys of its own"
-    text = str(item["msg"]).removeprefix("Input ").removeprefix("Value error, ")
+    if item["type"] == "string_pattern_mismatch":  # run.name alone has one
+        return "may hold letters, digits, '.', '_' and '-', and begins with a letter or digit"
+    text = "is missing" if item["type"] == "missing" else str(item["msg"])
+    text = text.removeprefix("Input ").removeprefix("Value error, ")
     position = [part for part in item["loc"] if isinstance(part, int)]
     return f"item {position[0] + 1} {text}" if position else text
 
 
 def _fix(item: Any, key: Key) -> str:
     kind, value = item["type"], item["input"]
+    if key in BLENDS:
+        return "write prefix, [prefix, ...] or [[weight, prefix], ...]"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{'.'.join(key)} has: {', '.join(k[-1] for k in schema_keys() if k[:-1] == key)}"
     if kind == "literal_error" and isinstance(value, str):
         close = difflib.get_close_matches(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]), 1, 0.5)
         return f"did you mean {close[0]}?" if close else ""

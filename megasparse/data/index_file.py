@@ -88,3 +88,20 @@ def damage(prefix: str) -> str | None:
     if actual != counted:
         return f"{tokens} has {actual} bytes, and its index counts {counted}"
     return None
+
+
+def largest_token(prefix: str, blocks: int = 16, length: int = 1 << 14) -> int:
+    """Of `blocks` parts of `length` tokens, spread over a data set that is whole; -1 where it holds none."""
+    with Path(prefix + ".idx").open("rb") as index:
+        kind = _HEADER.unpack(index.read(_HEADER.size))[2]
+    dtype = np.dtype(_TYPES[kind - 1])
+    tokens = Path(prefix + ".bin")
+    count = tokens.stat().st_size // dtype.itemsize
+    if count == 0:
+        return -1
+    largest = 0
+    with tokens.open("rb") as file:
+        for start in {max(0, count - length) * block // (blocks - 1) for block in range(blocks)}:
+            file.seek(start * dtype.itemsize)
+            largest = max(largest, int(np.frombuffer(file.read(length * dtype.itemsize), dtype).max()))
+    return largest

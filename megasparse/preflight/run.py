@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from megasparse.config import Config, ConfigError
+from megasparse.config import Config
+from megasparse.config.inputs import checkpoint_bytes
 from megasparse.doctor import print_checks
 from megasparse.preflight.compare import Finding, Gathered, compare, culprits
 from megasparse.preflight.facts import arrival, existing_parent, gather_facts
@@ -144,16 +145,6 @@ def _gather(launch: Launch, meeting: Meeting, cfg: Config | None, options: Optio
     if cfg is not None:
         gathered.checkpoint_bytes, gathered.checkpoints_kept = checkpoint_bytes(cfg), cfg.checkpoint.keep_last
     return gathered
-
-
-def checkpoint_bytes(cfg: Config) -> int:
-    """Of one checkpoint: weights, fp32 master weights (bf16 only) and two Adam moments; 0 where the size is unknown."""
-    from megasparse.plan import count_parameters
-
-    try:
-        return count_parameters(cfg).total * (14 if cfg.training.precision == "bf16" else 12)
-    except ConfigError:  # no vocabulary size; it is among the errors
-        return 0
 
 
 def _decide_plan(meeting: Meeting, gathered: Gathered, cfg: Config | None) -> None:
