@@ -229,7 +229,7 @@ class Checkpointer:
                 try:
                     extra = self.load(item.path, state)
                 except DamagedError as error:
-                    problem = str(error)
+                    problem = str(error).removeprefix(f"{item.path}: ")
                 else:
                     state.resumed_from = item.path
                     return extra
@@ -395,7 +395,7 @@ def _check_content(path: Path) -> None:
     dist.all_gather_object(problems, problem)
     for text in problems:
         if text is not None:
-            raise DamagedError(text)
+            raise DamagedError(f"{path}: {text}")
 
 
 def config_of(path: Path) -> dict[str, Any]:
