@@ -292,6 +292,7 @@ def _quiet_megatron() -> None:
 
 def _pretrain(args: argparse.Namespace) -> int:
     from megasparse.config import ConfigError, Problem, check_directories, check_files, check_space, load_with_origins
+    from megasparse.plan import checkpoint_bytes
 
     for option in ("--world-size", "--l0", "--gpu-memory"):
         if not args.dry_run and getattr(args, option.lstrip("-").replace("-", "_")) is not None:
@@ -303,7 +304,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         return int(not print_plan(loaded, args.world_size, args.l0, args.gpu_memory))
     check_files(loaded.config)
     check_directories(loaded.config)
-    check_space(loaded.config)
+    check_space(loaded.config, checkpoint_bytes(loaded.config))
     _quiet_megatron()
     from megasparse.training.loop import pretrain
 

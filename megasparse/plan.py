@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megasparse.config import Config
+from megasparse.config import Config, ConfigError
 
 OVERHEAD = 3 << 30
 """Bytes of a GPU that no tensor of ours holds: CUDA context, libraries, what the allocator keeps. One H200 with
@@ -185,6 +185,14 @@ def _stage(
         temporaries_sparse=_temporaries(cfg, last, sparse=True),
         overhead=OVERHEAD + (COMMUNICATORS if world_size > 1 else 0),
     )
+
+
+def checkpoint_bytes(cfg: Config) -> int:
+    """Of one checkpoint: weights, fp32 master weights (bf16 only) and two Adam moments; 0 where the size is unknown."""
+    try:
+        return count_parameters(cfg).total * (14 if cfg.training.precision == "bf16" else 12)
+    except ConfigError:  # no vocabulary size, which is told elsewhere
+        return 0
 
 
 def parameters_on_stage(cfg: Config, stage: int) -> int:

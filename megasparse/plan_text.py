@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megasparse.config import Config, ConfigError, LoadedConfig, check_directories, check_files
+from megasparse.config import Config, ConfigError, LoadedConfig, check_directories, check_files, check_space
 from megasparse.data.errors import DataError
-from megasparse.plan import Plan, StageMemory, make_plan
+from megasparse.plan import Plan, StageMemory, checkpoint_bytes, make_plan
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -52,7 +53,7 @@ def print_plan(
 def _missing(cfg: Config) -> list[str]:
     """What would end a start on this machine."""
     found = []
-    for check in (check_files, check_directories):
+    for check in (check_files, check_directories, partial(check_space, needed=checkpoint_bytes(cfg))):
         try:
             check(cfg)
         except (ConfigError, DataError) as error:

@@ -48,28 +48,18 @@ def check_directories(cfg: Config) -> None:
         raise ConfigError(list(problems.values()), host_specific=True)
 
 
-def check_space(cfg: Config) -> None:
-    """There must be room for one checkpoint: a run that cannot save any had better not start.
+def check_space(cfg: Config, needed: int) -> None:
+    """There must be room for one checkpoint of `needed` bytes: a run that cannot save any had better not start.
 
     Raises ConfigError naming the directory.
     """
     path = cfg.checkpoint_directory
-    there, needed = _nearest_folder(path), checkpoint_bytes(cfg)
+    there = _nearest_folder(path)
     disk = shutil.disk_usage(there)
     if disk.total > 0 and disk.free < needed:  # some file systems do not count
         rule = f"a checkpoint takes {needed / 2**30:.3g} GiB, and {there} has {disk.free / 2**30:.3g} GiB free"
         problem = Problem("checkpoint.directory", rule, "make room, or choose another place", str(path))
         raise ConfigError([problem], host_specific=True)
-
-
-def checkpoint_bytes(cfg: Config) -> int:
-    """Of one checkpoint: weights, fp32 master weights (bf16 only) and two Adam moments; 0 where the size is unknown."""
-    from megasparse.plan import count_parameters
-
-    try:
-        return count_parameters(cfg).total * (14 if cfg.training.precision == "bf16" else 12)
-    except ConfigError:  # no vocabulary size, which is found elsewhere
-        return 0
 
 
 def _nearest_folder(path: Path) -> Path:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from megasparse.config import Config
-from megasparse.config.inputs import checkpoint_bytes
 from megasparse.doctor import print_checks
+from megasparse.plan import checkpoint_bytes
 from megasparse.preflight.compare import Finding, Gathered, compare, culprits
 from megasparse.preflight.facts import arrival, existing_parent, gather_facts
 from megasparse.preflight.meeting import Deadline, Meeting, MeetingError
