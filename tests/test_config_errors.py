@@ -228,7 +228,7 @@ HIDDEN = """
 import os, sys
 from pathlib import Path
 from megasparse.config import ConfigError, check_directories, check_files, parse_config
-from megasparse.preflight.facts import existing_parent
+from megasparse.config.inputs import existing_parent
 from tests.test_config import SMALL
 
 folder = sys.argv[1]

@@ -38,7 +38,7 @@ def check_directories(cfg: Config) -> None:
         ("logging.directory", cfg.logging_directory),
         ("data.cache_dir", Path(os.path.expandvars(cfg.cache_directory))),
     ):
-        there = _nearest_folder(path)
+        there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             continue
         reason = "is not writable" if there.is_dir() else "is not a directory"
@@ -54,7 +54,7 @@ def check_space(cfg: Config, needed: int) -> None:
     Raises ConfigError naming the directory.
     """
     path = cfg.checkpoint_directory
-    there = _nearest_folder(path)
+    there = existing_parent(path)
     disk = shutil.disk_usage(there)
     if disk.total > 0 and disk.free < needed:  # some file systems do not count
         rule = f"a checkpoint takes {needed / 2**30:.3g} GiB, and {there} has {disk.free / 2**30:.3g} GiB free"
@@ -62,9 +62,12 @@ def check_space(cfg: Config, needed: int) -> None:
         raise ConfigError([problem], host_specific=True)
 
 
-def _nearest_folder(path: Path) -> Path:
-    """`path`, or what is there of it."""
-    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+def existing_parent(path: Path) -> Path:
+    """The path, or the nearest folder above it that can be seen: those of other users may hide what is in them."""
+    path = path.absolute()
+    while not os.path.isdir(path):
+        path = path.parent
+    return path
 
 
 def _missing_files(cfg: Config) -> Iterator[Problem]:
@@ -95,8 +98,7 @@ def _missing_files(cfg: Config) -> Iterator[Problem]:
 
 def _key_of(cfg: Config, prefix: str) -> str:
     """The first key that names a data set."""
-    blends = {f"data.{name}": getattr(cfg.data, name) for name in ("blend", "train", "valid", "test")}
-    return next(key for key, blend in blends.items() if blend and prefix in [name for _, name in blend])
+    return next(f"data.{key}" for key, blend in cfg.data.blends.items() if prefix in [name for _, name in blend])
 
 
 def _unreadable(path: str, absent: str) -> str | None:

@@ -10,10 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megasparse.config.errors import Problem
-from megasparse.config.schema import Config
+from megasparse.config.schema import BLENDS, Config
 
 Key = tuple[str, ...]
-BLENDS = tuple(("data", name) for name in ("blend", "train", "valid", "test"))
 
 
 def schema_keys(model: type[BaseModel] = Config, key: Key = ()) -> Iterator[Key]:
@@ -90,7 +89,7 @@ def _sentence(item: Any) -> str:
 
 def _fix(item: Any, key: Key) -> str:
     kind, value = item["type"], item["input"]
-    if key in BLENDS:
+    if key in [("data", name) for name in BLENDS]:
         return "write prefix, [prefix, ...] or [[weight, prefix], ...]"
     if kind in ("model_type", "model_attributes_type"):
         return f"{'.'.join(key)} has: {', '.join(k[-1] for k in schema_keys() if k[:-1] == key)}"

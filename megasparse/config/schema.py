@@ -181,6 +181,10 @@ class ParallelConfig(Section):
         return world_size // self.model_size
 
 
+BLENDS = ("blend", "train", "valid", "test")
+"""Keys of `data` that name data sets."""
+
+
 class DataConfig(Section):
     """Data sets are prefixes of Megatron `.bin`/`.idx` pairs, as `megasparse preprocess` writes them."""
 
@@ -220,8 +224,12 @@ class DataConfig(Section):
     @property
     def prefixes(self) -> tuple[str, ...]:
         """Every prefix that any split names, in order, without repeats."""
-        blends = (self.blend, self.train, self.valid, self.test)
-        return tuple(dict.fromkeys(prefix for blend in blends if blend for _, prefix in blend))
+        return tuple(dict.fromkeys(prefix for blend in self.blends.values() for _, prefix in blend))
+
+    @property
+    def blends(self) -> dict[str, Blend]:
+        """Those that are given, by key."""
+        return {key: blend for key in BLENDS if (blend := getattr(self, key))}
 
 
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]

@@ -18,6 +18,7 @@ import torch
 
 import megasparse
 from megasparse.config import Config, ConfigError, LoadedConfig, check_files, load_with_origins
+from megasparse.config.inputs import existing_parent
 from megasparse.host import host_name, installed_version
 from megasparse.monitoring.nvml import open_device
 from megasparse.training.launch_environment import Launch
@@ -148,14 +149,6 @@ def _file_hash(path: Path) -> str:
 def cache_directory(cfg: Config) -> Path:
     """Where this node's sample indices go: variables in the path are expanded on each node."""
     return Path(os.path.expandvars(str(cfg.cache_directory)))
-
-
-def existing_parent(path: Path) -> Path:
-    """The path, or the nearest folder above it that can be seen: those of other users may hide what is in them."""
-    path = path.absolute()
-    while not os.path.isdir(path):
-        path = path.parent
-    return path
 
 
 def storage(cfg: Config) -> list[dict[str, Any]]:

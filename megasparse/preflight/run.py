@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from megasparse.config import Config
+from megasparse.config.inputs import existing_parent
 from megasparse.doctor import print_checks
 from megasparse.plan import checkpoint_bytes
 from megasparse.preflight.compare import Finding, Gathered, compare, culprits
-from megasparse.preflight.facts import arrival, existing_parent, gather_facts
+from megasparse.preflight.facts import arrival, gather_facts
 from megasparse.preflight.meeting import Deadline, Meeting, MeetingError
 from megasparse.preflight.network import measure
 from megasparse.small_files import write_json

@@ -224,18 +224,18 @@ class Checkpointer:
         found = find_checkpoints(self._root)  # rank 0's, which looks at one after the other
         problems = []
         while (item := on_first_rank(lambda: next(found, None))) is not None:
-            problem = item.problem
+            problem = None if item.problem is None else f"{item.path}: {item.problem}"
             if problem is None:
                 try:
                     extra = self.load(item.path, state)
                 except DamagedError as error:
-                    problem = str(error).removeprefix(f"{item.path}: ")
+                    problem = str(error)
                 else:
                     state.resumed_from = item.path
                     return extra
-            problems.append(f"{item.path}: {problem}")
+            problems.append(problem)
             if dist.get_rank() == 0:
-                log.warning("checkpoint: DAMAGED, trying the one before: %s: %s", item.path, problem)
+                log.warning("checkpoint: DAMAGED, trying the one before: %s", problem)
         if problems:
             raise CheckpointError(
                 "no checkpoint can be loaded:\n  "
