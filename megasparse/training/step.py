@@ -133,7 +133,7 @@ def start_reduction(
     """
     reasons = len(StopReason)
     row = torch.zeros(2 + reasons + dist.get_world_size(), dtype=torch.float64, device=device)
-    row[2 + stop] = 1.0
+    row[2 + stop].fill_(1.0)  # `row[i] = 1.0` would copy the number from the host, and wait for all that is launched
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         loss = torch.stack([report["loss"].double() for report in reports]).sum()
         row[0] = loss

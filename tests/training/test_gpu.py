@@ -35,9 +35,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    text: Path, directory: Path, tensor: int, path: str, micro_batch: int, overrides: Sequence[str] = ()
+    text: Path,
+    directory: Path,
+    tensor: int,
+    path: str,
+    micro_batch: int,
+    overrides: Sequence[str] = (),
+    module: str = "megasparse",
 ) -> subprocess.Popen[bytes]:
-    """Begin a run of 50 steps of a small GPT in bf16 on `tensor` GPUs.
+    """Begin a run of 50 steps of a small GPT in bf16 on `tensor` GPUs, by `module`'s command line.
 
     At learning rates that make the loss spike, two dense runs drift apart at random by tenths; at this one they do not.
     """
@@ -75,7 +81,7 @@ def start(
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={tensor}"]
-    command += [f"--master-port={free_port()}", "-m", "megasparse", "pretrain", str(config), *overrides]
+    command += [f"--master-port={free_port()}", "-m", module, "pretrain", str(config), *overrides]
     with (directory / "console.log").open("w") as stream:
         return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
 
@@ -151,6 +157,12 @@ def test_cuda_graphs_change_nothing(gpus: int, overrides: list[str], text: Path,
     print(f"largest gap {(eager - graphs).abs().max():.2e}")
     assert eager[-1] < eager[0] - 1.0
     assert torch.equal(eager, graphs)
+
+
+def test_no_host_waits_for_its_gpu_before_the_update(text: Path, tmp_path: Path) -> None:
+    """A host that waits in the middle of a step launches the update, and the next step's begin, to an idle GPU."""
+    process = start(text, tmp_path / "run", 1, "sparse", 4, module="tests.training.no_wait")
+    assert len(losses(process, tmp_path / "run")) == STEPS
 
 
 def test_a_deterministic_sparse_run_resumes_bitwise(text: Path, tmp_path: Path) -> None:
