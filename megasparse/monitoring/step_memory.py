@@ -14,7 +14,7 @@ from megasparse.megatron.attention_graphs import AttentionGraphs
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes. The last five are 0 without CUDA, where there are no allocator statistics."""
+    """Bytes. The last six are 0 without CUDA, where there are no allocator statistics."""
 
     weights: int
     gradients: int
@@ -30,8 +30,10 @@ class StepMemory:
     """Allocated at the start of the step and none of these: statistics, workspaces of libraries, batches."""
     peak: int
     """Peak of allocated bytes, without tensors of `elsewhere`."""
+    reserved: int
+    """What the allocator has of the GPU after the step: more than the peak by what it cannot use again, or keeps."""
     device: int
-    """In use on the GPU after the step by whomever: this process' context, libraries, the allocator's cache."""
+    """In use on the GPU after the step by whomever: `reserved`, this process' context, libraries, NCCL's buffers."""
 
 
 def measure_step(
@@ -57,7 +59,7 @@ def measure_step(
     states = _new_bytes(optimizer, seen)
     if not torch.cuda.is_available():
         step()
-        return StepMemory(weights, gradients, states, 0, 0, 0, 0, 0)
+        return StepMemory(weights, gradients, states, 0, 0, 0, 0, 0, 0)
     foreign = _new_bytes(elsewhere, seen)
     torch.cuda.synchronize()
     base = torch.cuda.memory_allocated()
@@ -84,6 +86,7 @@ def measure_step(
         temporaries=peak - max(levels),
         other=base - weights - gradients - states - foreign - allocated,
         peak=peak - foreign - allocated + reserved,
+        reserved=torch.cuda.memory_reserved(),
         device=total - free,
     )
 
