@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from megatron import core
 from megatron.core import utils
-from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer import optimizer as mixed_precision
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def choose_torch_adam_without_cuda() -> None:
-    """Have Megatron take torch's AdamW and arithmetic where there is no GPU, whatever is installed.
+    """Have Megatron take torch's AdamW and copies where there is no GPU, whatever is installed.
 
     Call it before making optimizers. It sets what Megatron itself sets where neither package is installed.
     """
@@ -28,11 +28,8 @@ def choose_torch_adam_without_cuda() -> None:
         return
     core.optimizer.USING_PYTORCH_OPTIMIZER = True
     distrib_optimizer.HAVE_APEX_OR_TE = False
-    for module in (clip_grads, mixed_precision):
-        module.multi_tensor_applier = utils.local_multi_tensor_applier
-        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
-    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
-    clip_grads.multi_tensor_scale_tensor_impl = None
+    mixed_precision.multi_tensor_applier = utils.local_multi_tensor_applier
+    mixed_precision.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def prepare_torch_adam(optimizer: Any) -> None:

@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from megasparse.config import Config
+from megasparse.megatron.grad_norm import prepare_grad_norm
 from megasparse.megatron.optimizer_shards import save_own_shards
 from megasparse.megatron.torch_adam import choose_torch_adam_without_cuda, prepare_torch_adam
 
@@ -81,6 +82,7 @@ def build_optimizer(cfg: Config, model: Sequence[torch.nn.Module]) -> Any:
         key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=excluded))
         overrides[key] = {"wd_mult": 0.0}
     choose_torch_adam_without_cuda()
+    prepare_grad_norm()
     optimizer = get_megatron_optimizer(config, list(model), config_overrides=overrides)
     prepare_torch_adam(optimizer)
     save_own_shards(optimizer)
@@ -109,16 +111,17 @@ def _excluded_from_weight_decay(kinds: Sequence[str]) -> Callable[[torch.nn.Para
     return excluded
 
 
-def clip_gradients(optimizer: Any) -> float:
-    """Clips the gradients to the configured norm. All ranks get the same answer: the norm of the job's whole gradient.
-
-    Returns:
-        the L2 norm before clipping. Where it is not finite, clipping did nothing of use: do not update.
-    """
+def gradient_norm(optimizer: Any) -> float:
+    """L2 norm of the job's whole gradient, on every rank the same. Waits for the GPU."""
     optimizer.prepare_grads()
+    return float(_only_optimizer(optimizer).get_grad_norm())
+
+
+def clip_gradients(optimizer: Any, norm: float) -> None:
+    """Scales the gradients, whose norm is `norm`, to the configured norm if theirs is larger."""
     inner = _only_optimizer(optimizer)
-    clip = inner.config.clip_grad
-    return float(inner.clip_grad_norm(clip) if clip > 0 else inner.get_grad_norm())
+    if 0 < inner.config.clip_grad < norm + 1e-6:
+        torch.nn.utils.clip_grads_with_norm_(inner.get_parameters(), inner.config.clip_grad, torch.tensor(norm))
 
 
 def _only_optimizer(optimizer: Any) -> Any:

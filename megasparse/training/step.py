@@ -23,7 +23,7 @@ from megasparse.config import Config
 from megasparse.monitoring.breakdown import GRADIENTS, OPTIMIZER
 from megasparse.training.data import MicroBatch
 from megasparse.training.gradients import finish_gradients
-from megasparse.training.optimizer import clip_gradients, ddp_config
+from megasparse.training.optimizer import clip_gradients, ddp_config, gradient_norm
 from megasparse.training.own_time import OwnTime
 from megasparse.training.signals import StopReason
 
@@ -180,11 +180,12 @@ def train_step(
     row = start_reduction(reports, batches[0].tokens.device, stop)
     with record_function(OPTIMIZER):
         launched = time.perf_counter()
-        norm = clip_gradients(optimizer)
+        norm = gradient_norm(optimizer)
         losses = read_reduction(row)
         waited = time.perf_counter() - launched
         loss = losses.total / losses.tokens if losses.tokens else 0.0
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
+            clip_gradients(optimizer, norm)
             optimizer.step_with_ready_grads()
     return StepResult(loss, losses.tokens, norm, finite, losses.not_finite_ranks, losses.stop, waited)
