@@ -249,7 +249,7 @@ def _kernels() -> Iterator[Check]:
         yield Check(name, "ok", f"shipped: {shipped}")
         return
     try:
-        library = build.cache_directory() / build.cache_key() / build.LIBRARY
+        library = build.cache_entry()
     except (build.BuildError, OSError, subprocess.SubprocessError) as error:
         if _has_cuda():
             yield Check(name, "warn", f"not built: {error}", "layers run dense: correct, no faster, no lighter")

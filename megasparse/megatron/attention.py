@@ -48,6 +48,12 @@ class SDPAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
+        softmax = getattr(config, "softmax_type", "vanilla")
+        if config.window_size is not None or softmax != "vanilla":
+            raise NotImplementedError(
+                f"a sliding window (window_size: {config.window_size}) or another softmax (softmax_type: {softmax}) "
+                "needs Transformer Engine's attention (implementation: te)"
+            )
         super().__init__(config=config)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout

@@ -255,6 +255,14 @@ def _microbatches() -> int:
         ) from error
 
 
+def _captured_by_megatron(config: TransformerConfig) -> bool:
+    if config.cuda_graph_impl == "none":
+        return False
+    parts = getattr(config, "cuda_graph_modules", config.cuda_graph_scope) or ()  # none named: whole layers
+    names = {getattr(part, "name", part) for part in parts}
+    return not names or bool(names & {"mlp", "full_iteration"})
+
+
 def _check(config: TransformerConfig, ffn: int | None, tp: int, is_expert: bool) -> None:
     wrong = []
     if config.activation_func in (F.silu, F.gelu):
@@ -273,6 +281,12 @@ def _check(config: TransformerConfig, ffn: int | None, tp: int, is_expert: bool)
         wrong.append("it is an expert of a mixture")
     if config.fp4:
         wrong.append("fp4 is on")
+    if _captured_by_megatron(config):
+        # A graph would go on with the coefficient, the path and the order of rows that it was captured with.
+        wrong.append(
+            f"cuda_graph_impl {config.cuda_graph_impl} captures the MLP too (Megatron-LM: --cuda-graph-scope attn, or "
+            "--cuda-graph-modules attn from 0.19 on, leaves it out)"
+        )
     if config.enable_autocast and config.autocast_dtype != config.params_dtype:
         wrong.append(f"enable_autocast is on with {config.autocast_dtype}, params_dtype being {config.params_dtype}")
     if config.fp8 and config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ()):

@@ -78,6 +78,31 @@ def _norm(implementation: Implementation) -> Any:
     return TENorm
 
 
+class Layer(GraphedLayer):
+    """A layer of `layer_spec`. Refuses what the config asks for and the spec, made before it, lacks.
+
+    Raises:
+        ValueError: for queries and keys to be normalised, or experts.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        norm = getattr(self.self_attention, "q_layernorm", None)
+        if config.qk_layernorm and (norm is None or isinstance(norm, IdentityOp)):
+            raise ValueError(
+                "the config asks for normalised queries and keys (Megatron-LM: --qk-layernorm), which this layer spec "
+                "lacks: save `from megasparse.megatron import layer_spec; layer = layer_spec(qk_norm=True)` as "
+                "my_spec.py and pass --spec my_spec layer"
+            )
+        every = config.moe_layer_freq
+        index = self.layer_number - 1
+        if config.num_moe_experts and (index % every == 0 if isinstance(every, int) else every[index]):
+            raise ValueError(
+                f"layer {index} is one with experts by the config (Megatron-LM: --num-experts, --moe-layer-freq), of "
+                "which this layer spec has none"
+            )
+
+
 def sparse_mlp_spec(path: Mode = "auto", l1_coeff: float = 0.0, l1_layers: int | None = None) -> ModuleSpec:
     """The sparse MLP alone, for the `mlp` of any layer spec, behind a separate layer norm.
 
@@ -130,7 +155,7 @@ def layer_spec(
     if not use_te:
         keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
     return ModuleSpec(
-        module=GraphedLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if use_te else norm,
             self_attention=ModuleSpec(

@@ -1,9 +1,10 @@
 """Builds and loads the CUDA kernels of `csrc/`.
 
 At first use the sources are compiled by ninja into a cache directory named after everything that decides the
-result (sources, flags, compilers, torch). Processes of one node take turns by a lock that the system frees
-when its holder dies; processes of other nodes on the same storage may build at the same time: each builds
-in a directory of its own and renames it into place, so a cache entry is complete or absent.
+result (sources, flags, torch, compilers); where there is no compiler, what another machine put there is used.
+Processes of one node take turns by a lock that the system frees when its holder dies; processes of other nodes
+on the same storage may build at the same time: each builds in a directory of its own and renames it into place,
+so a cache entry is complete or absent.
 
 A wheel built with MEGASPARSE_BUILD_CUDA=1 carries the compiled library; then nothing is compiled here.
 
@@ -97,15 +98,32 @@ def _sources() -> list[Path]:
 
 
 @functools.cache
-def cache_key() -> str:
-    """Hash of everything that decides the library."""
+def _hash_of_sources() -> str:
+    """Of sources, flags and torch."""
     digest = hashlib.sha256()
     root = source_directory()
     for path in _sources():
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    versions = [torch.__version__, _output(str(find_nvcc()), "--version"), _output(_cxx(), "--version")]
-    digest.update("\0".join([*NVCC_FLAGS, *CXX_FLAGS, *versions]).encode())
+    digest.update("\0".join([*NVCC_FLAGS, *CXX_FLAGS, torch.__version__]).encode())
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def cache_entry() -> Path:
+    """Where the library is, or will be when it is built. Raises `BuildError` where it can be neither.
+
+    Named after everything that decides the result. A machine without compilers takes what another has built for the
+    same sources and torch.
+    """
+    sources = _hash_of_sources()
+    try:
+        compilers = _output(str(find_nvcc()), "--version") + _output(_cxx(), "--version")
+    except BuildError:
+        built = sorted(cache_directory().glob(f"{sources}-*/{LIBRARY}"), key=lambda path: path.stat().st_mtime)
+        if not built:
+            raise
+        return built[-1]
+    return cache_directory() / f"{sources}-{hashlib.sha256(compilers.encode()).hexdigest()[:8]}" / LIBRARY
 
 
 def cache_directory() -> Path:
@@ -190,8 +208,8 @@ def build() -> Path:
     shipped = Path(__file__).resolve().parent / LIBRARY
     if shipped.is_file():
         return shipped
-    key = cache_key()
-    library = cache_directory() / key / LIBRARY
+    library = cache_entry()
+    key = library.parent.name
     if library.is_file():
         return library
     with _node_lock(key):

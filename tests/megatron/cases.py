@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megasparse.config import Config, parse_config
@@ -270,6 +270,18 @@ def statistics(
         )
         for mlp in iter_sparse_mlps(tiny.chunks)
     ]
+
+
+def second_layer(changes: dict[str, Any], qk_norm: bool) -> str:
+    """Builds the second layer of a model by a config with `changes`: "built", or why not."""
+    cfg = make_config()
+    start(cfg)
+    config = dataclasses.replace(transformer_config(cfg), **changes)
+    try:
+        build_module(layer_spec("local", qk_norm=qk_norm), config=config, layer_number=2)
+    except ValueError as error:
+        return str(error)
+    return "built"
 
 
 def first_weights(config: dict[str, Any]) -> Any:

@@ -1,6 +1,8 @@
 """Core attention against the formula, and context parallelism with a document mask against none."""
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +95,11 @@ def test_refuses_what_it_does_not_do() -> None:
     q = torch.zeros(4, 1, 4, 8)
     with pytest.raises(NotImplementedError, match="Transformer Engine"):
         attention(q, q, q, None, attention_bias=torch.zeros(1))
+    changes: list[dict[str, Any]] = [{"window_size": (4, 0)}, {"softmax_type": "off-by-one"}]
+    for change in changes:
+        config = dataclasses.replace(transformer_config(make_config()), **change)
+        with pytest.raises(NotImplementedError, match="Transformer Engine"):
+            SDPAttention(config, 1, AttnMaskType.causal, "self")
 
 
 @pytest.mark.parametrize("layout", ["cp2", "tp2-sp-pp2"])

@@ -1,6 +1,7 @@
 """What the specs and the module accept and refuse, and the `-` layer of hybrid models."""
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from tests.megatron.helpers import LAYOUTS, run_gradients
         ({"add_bias_linear": True}, "--disable-bias-linear"),
         ({"activation_func_clamp_value": 1.0}, "activation_func_clamp_value"),
         ({"fp4": "e2m1"}, "fp4 is on"),
+        ({"cuda_graph_impl": "local"}, "cuda_graph_impl local captures the MLP too"),
+        ({"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "attn,mlp"}, "captures the MLP too"),
         ({"enable_autocast": True, "autocast_dtype": torch.bfloat16}, "enable_autocast is on with torch.bfloat16"),
         (
             {"fp8": "hybrid", "recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -37,6 +40,31 @@ def test_refuses_other_mlps(change: dict[str, Any], message: str) -> None:
     config = dataclasses.replace(transformer_config(make_config()), **change)
     with pytest.raises(ValueError, match=message):
         _check(config, config.ffn_hidden_size, 2, is_expert=False)
+
+
+def test_graphs_of_megatron_that_leave_it_out_are_accepted() -> None:
+    change = {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "attn"}
+    config = dataclasses.replace(transformer_config(make_config()), **change)
+    _check(config, config.ffn_hidden_size, 2, is_expert=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "norm", "message"),
+    [
+        ({}, False, None),
+        ({"qk_layernorm": True}, False, r"layer_spec\(qk_norm=True\)"),
+        ({"qk_layernorm": True}, True, None),
+        ({"num_moe_experts": 4}, False, "layer 1 is one with experts"),
+        ({"num_moe_experts": 4, "moe_layer_freq": 2}, False, None),
+        ({"num_moe_experts": 4, "moe_layer_freq": [0, 1]}, False, "layer 1 is one with experts"),
+    ],
+)
+def test_a_layer_refuses_what_its_spec_lacks(changes: dict[str, Any], norm: bool, message: str | None) -> None:
+    ((found,),) = (run_distributed(1, "tests.megatron.cases:second_layer", changes, norm),)
+    if message is None:
+        assert found == "built"
+    else:
+        assert re.search(message, found)
 
 
 def test_spec_for_megatron_lm() -> None:

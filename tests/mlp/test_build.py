@@ -19,8 +19,13 @@ def nvcc_or_skip() -> None:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MEGASPARSE_CACHE_DIR", str(tmp_path / "cache"))
-    build.cache_key.cache_clear()
+    forget()
     return tmp_path / "cache"
+
+
+def forget() -> None:
+    build.cache_entry.cache_clear()
+    build._hash_of_sources.cache_clear()
 
 
 @pytest.mark.timeout(600)
@@ -40,15 +45,32 @@ def test_missing_nvcc_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path:
         build.build()
 
 
-def test_key_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_without_compilers_takes_what_another_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
     nvcc_or_skip()
-    before = build.cache_key()
+    built = build.cache_entry()
+    built.parent.mkdir(parents=True)
+    built.write_bytes(b"")
+    (tmp_path / "none").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    forget()
+    assert build.build() == built
+    monkeypatch.setattr(build, "CXX_FLAGS", [*build.CXX_FLAGS, "-g"])  # another result
+    forget()
+    with pytest.raises(build.BuildError, match="nvcc was not found"):
+        build.build()
+
+
+def test_entry_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc_or_skip()
+    before = build.cache_entry()
     (tmp_path / "csrc").mkdir()
     for path in build.source_directory().glob("*.cu"):
         (tmp_path / "csrc" / path.name).write_text(path.read_text() + "\n")
     monkeypatch.setattr(build, "source_directory", lambda: tmp_path / "csrc")
-    build.cache_key.cache_clear()
-    assert build.cache_key() != before
+    forget()
+    assert build.cache_entry() != before
 
 
 def test_failed_compilation_is_reported_and_leaves_nothing(
