@@ -12,6 +12,8 @@ from rich.table import Table
 
 from megasparse.config import Config, ConfigError, LoadedConfig, check_directories, check_files, check_space
 from megasparse.data.errors import DataError
+from megasparse.hf.architectures import architecture_of
+from megasparse.hf.errors import ConvertError
 from megasparse.plan import Plan, StageMemory, checkpoint_bytes, make_plan
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -41,6 +43,8 @@ def print_plan(
     console.print()
     console.print(_layout(cfg, plan, said))
     console.print(_parameters(plan))
+    if text := not_exportable(cfg):
+        console.print(text, style="yellow", markup=False)
     console.print(_memory(cfg, plan, gpu_memory))
     missing = _missing(cfg)
     if missing:
@@ -59,6 +63,15 @@ def _missing(cfg: Config) -> list[str]:
         except (ConfigError, DataError) as error:
             found.append(str(error))
     return found
+
+
+def not_exportable(cfg: Config) -> str | None:
+    """Why `megasparse convert to-hf` will refuse the model; None: it will not."""
+    try:
+        architecture_of(cfg.model)
+    except ConvertError as error:
+        return f"This model cannot be converted to Hugging Face's format: {error}"
+    return None
 
 
 def opening_line(cfg: Config, world_size: int, parameters: int, gpu: str | None) -> str:

@@ -244,6 +244,30 @@ for check, sections in ((check_files, data), (check_directories, {"run": {"direc
 print(existing_parent(Path(folder) / "runs" / "a"))
 """
 
+SHARED = """
+import os, sys
+from megasparse.config import check_directories, parse_config
+from tests.test_config import SMALL
+
+os.setuid(65534) if os.getuid() == 0 else os.chmod(sys.argv[1], 0o555)
+check_directories(parse_config({**SMALL, "run": {"directory": sys.argv[2]}, "data": {"cache_dir": sys.argv[1]}}))
+"""
+
+
+def test_indices_that_others_made_need_not_be_writable() -> None:
+    with tempfile.TemporaryDirectory() as place:  # not tmp_path, which lies in a folder of this user alone
+        Path(place).chmod(0o777)
+        cache = Path(place) / "cache"
+        cache.mkdir(mode=0o755)
+        command = [sys.executable, "-c", SHARED, str(cache), f"{place}/run"]
+        empty = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        cache.chmod(0o755)
+        (cache / "train-shuffle_index.npy").touch()
+        filled = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        cache.chmod(0o755)
+    assert f"data.cache_dir = '{cache}': {cache} is not writable" in empty.stderr
+    assert filled.returncode == 0, filled.stderr
+
 
 def test_folders_of_other_users_are_named_as_what_cannot_be_read() -> None:
     with tempfile.TemporaryDirectory() as place:  # not tmp_path, which lies in a folder of this user alone

@@ -278,3 +278,9 @@ def _gathered_inputs(cfg: Config, stage: int, gpus: int) -> int:
     tokens = cfg.training.micro_batch_size * cfg.data.sequence_length
     whole = tokens * cfg.model.hidden_size * 2
     return layers // cfg.parallel.pipeline * (whole - whole // cfg.parallel.tensor)
+
+
+def test_a_model_that_cannot_be_exported_is_told_before_it_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    for change, told in (([], False), (["model.normalization=layernorm"], True)):
+        print_plan(load_with_origins(ROOT / "configs/quickstart.yaml", change))
+        assert ("cannot be converted to Hugging Face's format" in capsys.readouterr().out) is told

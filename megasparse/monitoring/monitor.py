@@ -33,6 +33,7 @@ from megasparse.monitoring.sparsity import COLUMNS, SparsityMeter, l1_loss
 from megasparse.monitoring.stragglers import Stragglers
 from megasparse.monitoring.throughput import Throughput
 from megasparse.ranks import on_first_rank
+from megasparse.training.signals import EXIT_NOT_FINITE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +48,8 @@ _PEAKS = ("memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "memory/r
 class Sink(Protocol):
     def write(self, record: Record) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None:
+        """At the end of the run. `failed`: it gave up."""
 
 
 class _Stopwatch:
@@ -250,7 +252,7 @@ class Monitor:
     def on_end(self, state: TrainState) -> None:
         for sink in self._sinks:
             with self._kept_going(sink):
-                sink.close()
+                sink.close(failed=state.exit_code == EXIT_NOT_FINITE)
         if state.is_writer and state.cfg.logging.report and state.cfg.logging.jsonl:
             try:
                 path = write_report(self._directory)

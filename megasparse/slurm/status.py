@@ -15,7 +15,7 @@ import yaml
 from megasparse.monitoring.record import Record, last_records
 from megasparse.monitoring.sinks.console import duration
 from megasparse.small_files import read_json
-from megasparse.training.checkpoint_files import LATEST, read_latest
+from megasparse.training.checkpoint_files import LATEST, checkpoint_name, read_latest
 from megasparse.training.heartbeat import HANG_FILE
 from megasparse.training.run_lock import lock_holder
 from megasparse.training.signals import EXIT_DONE, EXIT_FILE
@@ -85,18 +85,20 @@ def status_of(run: Path, now: float) -> Status:
     metrics = Path(config.get("logging", {}).get("directory") or run) / "metrics.jsonl"
     records = last_records(metrics, "train", WINDOW)
     last = records[-1] if records else None
+    steps = config.get("training", {}).get("steps")
+    checkpoints = Path(config.get("checkpoint", {}).get("directory") or run / "checkpoints")
+    checkpoint = read_latest(checkpoints)
+    # A later start that was refused leaves no other word.
+    complete = steps is not None and checkpoint == checkpoint_name(steps)
     process, free = _look_at_lock(run)
     state, reason, nodes = (
         _ask_slurm(job)
         or (("running", process, None) if process else None)
         or _from_files(ends)
         or _from_exit(run, last)
-        or ("not running" if free else "not known to SLURM", None, None)
+        or ("not known to SLURM" if not free else "done" if complete else "not running", None, None)
     )
-    steps = config.get("training", {}).get("steps")
     pace = _seconds_a_step(records)
-    checkpoints = Path(config.get("checkpoint", {}).get("directory") or run / "checkpoints")
-    checkpoint = read_latest(checkpoints)
     left = None if last is None or steps is None else max(0, steps - last.step)
     return Status(
         run=str(run),
@@ -199,7 +201,10 @@ def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None] |
         return None
     if end.get("code") == EXIT_DONE:
         return "done", None, None
-    return "stopped" if end.get("requeue") else "ended", f"{end.get('reason')} after step {end.get('step')}", None
+    reason = str(end.get("reason")).partition("\n")[0]
+    if end.get("requeue"):
+        return "stopped", f"{reason} after step {end.get('step')}", None
+    return "ended", reason, None
 
 
 def _from_files(ends: list[dict[str, object]]) -> tuple[str, str | None, str | None] | None:

@@ -55,6 +55,8 @@ class TrainState:
     """Parameters of the whole model (tied embeddings counted once)."""
     exit_reason: str | None = None
     """Why the loop ends early ("SIGTERM after step 20", "TIME_LIMIT after step 20", what is not finite), or None."""
+    exit_code: int = 0
+    """What the process will end with (`training/signals.py`); known in `on_end`."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Small picklable things that observers want saved with every checkpoint and given back on resume, by name."""
 

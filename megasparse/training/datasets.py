@@ -356,13 +356,19 @@ def _build_on_nodes_with_own_disk(cfg: Config, cache: Path, local_rank: int, tra
     Megatron's builder writes on global rank 0 only; a process outside the job is its own rank 0.
     """
 
-    def leave_marker() -> str:
+    def leave_marker() -> str | None:
         name = f".seen-{uuid.uuid4().hex}"
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / name).touch()
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            (cache / name).touch()
+        except OSError:  # it may hold all that is needed; who lacks something says so
+            return None
         return name
 
-    marker = cache / on_first_rank(leave_marker)
+    name = on_first_rank(leave_marker)
+    if name is None:
+        return
+    marker = cache / name
 
     def build() -> str | None:
         return _build_in_own_process(cfg, train) if local_rank == 0 and not marker.exists() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,6 +115,8 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
     saved, unknown = known_settings(config_of(path))
     if unknown and launch.rank == 0:
         log.warning("%s: was saved by another version of megasparse; left out: %s", path, ", ".join(unknown))
+    data = saved.setdefault("data", {})
+    data["cache_dir"] = data.get("cache_dir") or str(_cache_beside(Path(run), path))
     # What the run itself started from is not needed any more.
     cfg = parse_config(saved, ["checkpoint.load=null", *with_training_data(overrides)], source=str(path))
     check_files(cfg)
@@ -134,6 +137,18 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
     finally:
         shut_down()
     return metrics
+
+
+def user_cache() -> Path:
+    """For sample indices that belong to no run of the user's."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megasparse"
+
+
+def _cache_beside(run: Path, checkpoint: Path) -> Path:
+    """The sample indices of the run that was named, where it has some and they can be added to: it may have been moved,
+    or be another user's."""
+    places = (folder / "cache" for folder in (run, checkpoint.parent.parent))
+    return next((place for place in places if place.is_dir() and os.access(place, os.W_OK | os.X_OK)), user_cache())
 
 
 def with_training_data(overrides: Sequence[str]) -> list[str]:

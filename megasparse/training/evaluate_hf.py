@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from megasparse.training.callbacks import Metrics
 from megasparse.training.data import StepLoader
 from megasparse.training.datasets import build_datasets, validation_samples
 from megasparse.training.distributed import initialize, read_environment, shut_down
-from megasparse.training.evaluate import print_metrics, validation_metrics, with_training_data
+from megasparse.training.evaluate import print_metrics, user_cache, validation_metrics, with_training_data
 
 
 def evaluate_folder(folder: Path, overrides: Sequence[str] = ()) -> Metrics:
@@ -67,10 +66,9 @@ def evaluate_folder(folder: Path, overrides: Sequence[str] = ()) -> Metrics:
 def _config(folder: ModelFolder, overrides: Sequence[str]) -> Config:
     """The model with settings that suit a validation. Raises ConfigError where the overrides do not fit."""
     described = folder.described
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     data: dict[str, Any] = {
         "sequence_length": min(described.max_position_embeddings, 2048),
-        "cache_dir": str(Path(cache) / "megasparse"),
+        "cache_dir": str(user_cache()),
     }
     if has_tokenizer(folder.path):
         data["tokenizer"] = str(folder.path)

@@ -21,7 +21,7 @@ from megasparse.config import Config, ConfigError, Problem, dump_config
 from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.megatron.attention_graphs import AttentionGraphs
-from megasparse.plan_text import opening_line
+from megasparse.plan_text import not_exportable, opening_line
 from megasparse.ranks import on_every_rank, on_first_rank, this_rank
 from megasparse.training import checkpoint_files
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
@@ -325,9 +325,13 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
             if first:
                 log.info("told to stop in the last step, which is saved; only its validation is left")
             validate(run, whole=True)
+        run.state.exit_code = code
         run.callbacks.on_end(run.state)
         if first and code == EXIT_REQUEUE:
             log.info("stopped (%s) after step %d; the same command goes on from there", text, run.state.step)
+        if code != EXIT_DONE:
+            # torchrun ends all ranks half a minute after the first that left so: not while rank 0 still uploads.
+            on_first_rank(lambda: None)
     shut_down()
     return code
 
@@ -374,6 +378,8 @@ def start(
             (cfg.run_directory / "config.yaml").write_text(dump_config(cfg))
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         log.info(opening_line(cfg, launch.world_size, state.parameters, gpu))
+        if text := not_exportable(cfg):
+            log.warning(text)
         if state.step >= cfg.training.steps:
             log.info(
                 "nothing to do: training.steps is %d, and the run has done %d; set more of them to go on, or another "
@@ -474,10 +480,9 @@ def check_samples(cfg: Config, state: TrainState) -> None:
     batch = cfg.training.global_batch_size
     if state.step < cfg.training.steps and state.consumed_samples > state.step * batch:
         rule = f"smaller than before: the run has read {state.consumed_samples} samples in {state.step} steps"
-        fix = (
-            f"set at least {math.ceil(state.consumed_samples / state.step)}, or start a new run from the weights with "
-            "checkpoint.load"
-        )
+        unit = cfg.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        least = math.ceil(state.consumed_samples / state.step / unit) * unit
+        fix = f"set at least {least}, or start a new run from the weights with checkpoint.load"
         raise ConfigError([Problem("training.global_batch_size", rule, fix, batch)])
 
 

@@ -10,6 +10,7 @@ from megasparse.monitoring.record import Record, read_records
 from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink
 from megasparse.monitoring.sinks.wandb import STATE_FILE, WandbSink, step_offset
 from megasparse.small_files import read_json
+from megasparse.training.signals import EXIT_DONE, EXIT_NOT_FINITE, EXIT_REQUEUE
 from tests.launch import free_port
 from tests.monitoring.wandb_file import OfflineRun, offline_runs
 from tests.monitoring.wandb_server import WandbServer
@@ -226,6 +227,18 @@ def test_a_server_that_goes_away_does_not_hold_the_end_of_a_run(tmp_path: Path) 
     assert {row["progress/step"] for row in server.history} == {1, 2, 3}
 
 
+@pytest.mark.parametrize("code", [EXIT_DONE, EXIT_REQUEUE, EXIT_NOT_FINITE])
+def test_a_run_that_gave_up_has_failed(code: int, tmp_path: Path) -> None:
+    script = (
+        "import types; from megasparse.monitoring.monitor import Monitor\n"
+        "monitor = Monitor(); monitor._failing = []; folder = Path(sys.argv[1])\n"
+        "monitor._sinks = [WandbSink(folder, mode='offline', project='p')]\n"
+        f"monitor.on_end(types.SimpleNamespace(is_writer=False, exit_code={code}))\n"
+    )
+    assert run_apart(script, tmp_path).returncode == 0
+    assert OfflineRun(offline_runs(tmp_path)[0]).exit_code == int(code == EXIT_NOT_FINITE)
+
+
 def test_a_run_does_not_rely_on_the_process_of_wandb_of_the_program_that_started_it(tmp_path: Path) -> None:
     result = run_apart("session(Path(sys.argv[1]), 1, 2)", tmp_path, WANDB_SERVICE="3-1-unix-/tmp/none/socket")
     assert result.returncode == 0, result.stderr
@@ -242,7 +255,7 @@ def test_a_run_outlives_the_process_of_wandb(tmp_path: Path) -> None:
         "for child in children: child.kill()\n"
         "psutil.wait_procs(children)\n"
         "for step in range(1, 6): monitor._write(record(step))\n"
-        "monitor.on_end(types.SimpleNamespace(is_writer=False))\n"
+        "monitor.on_end(types.SimpleNamespace(is_writer=False, exit_code=0))\n"
         "print('went on')\n"
     )
     result = run_apart(script, tmp_path)

@@ -38,7 +38,7 @@ def _raw_records(data: bytes) -> Iterator[bytes]:
 
 
 class OfflineRun:
-    """Id, configuration and history (one dict a W&B step, `_step` among its keys) of one finished offline run."""
+    """Id, configuration, history (one dict a W&B step, `_step` among its keys) and exit code of a finished offline run."""
 
     def __init__(self, directory: Path) -> None:
         (path,) = directory.glob("run-*.wandb")
@@ -54,6 +54,7 @@ class OfflineRun:
         self.commit = ""
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
+        self.exit_code = 0
         for raw in _raw_records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(raw)
@@ -69,6 +70,7 @@ class OfflineRun:
                 row.setdefault("_step", record.history.step.num)
                 self.history.append(row)
             elif kind == "exit":
+                self.exit_code = record.exit.exit_code
                 return True
         return False
 

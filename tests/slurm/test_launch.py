@@ -136,6 +136,9 @@ def test_status_of_a_run_that_stopped_without_slurm(tmp_path: Path) -> None:
     write_exit_file(tmp_path, 75, "SIGINT", 10)
     status = status_of(tmp_path, now=4650.0)
     assert (status.state, status.reason, status.eta_seconds) == ("stopped", "SIGINT after step 10", None)
+    write_exit_file(tmp_path, 65, "step 10: no update\nthe last ten were skipped", 10)
+    status = status_of(tmp_path, now=4650.0)
+    assert (status.state, status.reason) == ("ended", "step 10: no update")
     os.utime(tmp_path / "exit.json", (1000, 1000))  # of the start before
     status = status_of(tmp_path, now=4650.0)
     assert (status.state, status.reason, status.eta_seconds) == ("not known to SLURM", None, 180.0)
@@ -152,6 +155,9 @@ def test_status_of_a_run_without_slurm_whose_process_lives_and_then_is_killed(tm
         assert (status.state, status.reason, status.eta_seconds) == ("running", "process 4711 on n1", 180.0)
     status = status_of(tmp_path, now=4650.0)
     assert (status.state, status.reason, status.eta_seconds) == ("not running", None, None)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000100\n")  # a later start, refused, removed exit.json
+    assert status_of(tmp_path, now=4650.0).state == "done"
 
 
 def test_status_tells_what_a_look_in_the_night_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import resource
 import subprocess
@@ -366,6 +367,32 @@ def test_nodes_with_their_own_disks_build_their_own_indices(tmp_path: Path, data
     files = [sorted(path.name for path in (tmp_path / node / "cache").iterdir()) for node in ("node0", "node1")]
     assert files[0] == files[1]
     assert files[0]
+
+
+def build_and_build_again_read_only(data: dict[str, Any]) -> list[bool]:
+    """Whether a second opening, of a cache that nobody can write to any more, finds what the first had built."""
+    import errno
+
+    from megasparse.training.datasets import build_datasets
+    from megasparse.training.distributed import initialize, read_environment, shut_down
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    cfg = parse_config(data)
+    initialize(cfg, read_environment())
+    first = build_datasets(cfg, local_rank=int(os.environ["RANK"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "touch", refuse)
+        again = build_datasets(cfg, local_rank=int(os.environ["RANK"]))
+    shut_down()
+    return [bool((first.train[i]["tokens"] == again.train[i]["tokens"]).all()) for i in range(8)]
+
+
+def test_indices_in_a_directory_that_cannot_be_written_are_read(tmp_path: Path, data_folder: Path) -> None:
+    data = configuration(tmp_path / "run", str(data_folder / "a"))
+    for same in run_distributed(2, "tests.training.test_data:build_and_build_again_read_only", data):
+        assert all(same)
 
 
 def test_a_split_without_tokens_is_refused(tmp_path: Path, data_folder: Path) -> None:

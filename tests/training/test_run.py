@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from megasparse.cli import main
 from megasparse.config import ConfigError, dump_config, parse_config
+from megasparse.training.evaluate import _cache_beside
 from tests.launch import free_port, run_distributed
 from tests.training.cases import configuration
 from tests.training.forked import ROOT, Helper
@@ -129,6 +130,17 @@ def test_resume_load_and_evaluate(tmp_path: Path, data_folder: Path, helper: Hel
         target = "tests.training.test_run:evaluate_checkpoint"
         for metrics in run_distributed(world, target, str(tmp_path / "run"), overrides):
             assert metrics == pytest.approx(at_end, rel=1e-5)
+
+
+def test_evaluate_writes_to_no_run_but_the_one_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to where its configuration once said: it may have been moved, or be another user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000006"
+    checkpoint.mkdir(parents=True)
+    assert _cache_beside(run, checkpoint) == tmp_path / "own" / "megasparse"
+    (run / "cache").mkdir()
+    for named in (run, run / "checkpoints", checkpoint):
+        assert _cache_beside(named, checkpoint) == run / "cache"
 
 
 def test_changed_settings_are_told_or_refused(tmp_path: Path, data_folder: Path, helper: Helper) -> None:

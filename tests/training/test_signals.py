@@ -20,6 +20,7 @@ import pytest
 from megasparse.config import dump_config, parse_config
 from megasparse.monitoring.record import read_records
 from megasparse.training import signals
+from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_files import find_checkpoints, read_latest
 from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE, StopReason, StopWatcher
 from tests.launch import run_distributed
@@ -198,6 +199,32 @@ def test_a_run_that_is_told_to_stop_in_its_last_step_is_done(tmp_path: Path, dat
     assert left == {"code": 0, "requeue": False, "reason": "done", "step": 8}
     assert read_latest(tmp_path / "run" / "checkpoints") == "step_00000008"
     assert not (tmp_path / "run" / "stop").exists()
+
+
+def stop_with_a_slow_end(data: dict[str, Any]) -> tuple[int, float]:
+    """Stops after a step; rank 0 takes two seconds to end, as W&B may. Returns (exit code, when this rank was done)."""
+    from megasparse.training.callbacks import Callback
+    from megasparse.training.loop import pretrain
+
+    class Slow(Callback):
+        def on_step_end(self, state: TrainState, metrics: dict[str, Any]) -> None:
+            if state.is_writer:
+                (state.run_directory / "stop").touch()
+
+        def on_end(self, state: TrainState) -> None:
+            assert state.exit_code == EXIT_REQUEUE
+            time.sleep(2.0 if state.is_writer else 0.0)
+
+    begun = time.monotonic()
+    return pretrain(parse_config(data), [Slow()]), time.monotonic() - begun
+
+
+def test_no_rank_leaves_before_rank_0_has_said_all(tmp_path: Path, data_folder: Path) -> None:
+    """torchrun kills the others half a minute after the first that leaves with a code that is not 0."""
+    data = configuration(tmp_path / "run", str(data_folder / "a"))
+    results = run_distributed(2, "tests.training.test_signals:stop_with_a_slow_end", data)
+    assert [code for code, _ in results] == [EXIT_REQUEUE] * 2
+    assert abs(results[0][1] - results[1][1]) < 1.5
 
 
 def train_and_stop_in_validation(data: dict[str, Any], stop_file: str | None) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class ConsoleSink:
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

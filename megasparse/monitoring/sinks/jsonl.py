@@ -67,7 +67,7 @@ class JsonlSink:
             os.ftruncate(handle, os.fstat(handle).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()

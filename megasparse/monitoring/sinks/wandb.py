@@ -160,11 +160,11 @@ class WandbSink:
         state = {"run_id": self.run_id, "offset": self._offset, "last_step": self._last_step}
         write_json(self._state_path, state)
 
-    def close(self, exit_code: int = 0) -> None:
-        """Upload what is left (online) and end the W&B run; a later start resumes it."""
+    def close(self, failed: bool = False) -> None:
+        """Upload what is left (online) and end the W&B run, there as failed or finished; a later start resumes it."""
         directory = Path(self._run.dir).parent
         try:
-            self._run.finish(exit_code=exit_code)
+            self._run.finish(exit_code=int(failed))
         except TimeoutError:
             logger.warning(
                 "W&B's server has not taken all metrics within %g s, and the run ends without it. They are on disk; "
