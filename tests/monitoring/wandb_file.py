@@ -38,7 +38,7 @@ def _raw_records(data: bytes) -> Iterator[bytes]:
 
 
 class OfflineRun:
-    """Id, configuration, history (one dict a W&B step, `_step` among its keys) and exit code of a finished offline run."""
+    """Of a finished offline run: id, configuration, history (one dict a W&B step, `_step` among its keys), exit code."""
 
     def __init__(self, directory: Path) -> None:
         (path,) = directory.glob("run-*.wandb")
