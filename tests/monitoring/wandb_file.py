@@ -38,7 +38,7 @@ def _raw_records(data: bytes) -> Iterator[bytes]:
 
 
 class OfflineRun:
-    """Of a finished offline run: id, configuration, history (one dict a W&B step, `_step` among its keys), exit code."""
+    """Of a finished offline run: id, configuration, exit code, history (a dict a W&B step, `_step` among its keys)."""
 
     def __init__(self, directory: Path) -> None:
         (path,) = directory.glob("run-*.wandb")
