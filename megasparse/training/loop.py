@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megasparse.config import Config, ConfigError, Problem, dump_config
+from megasparse.config import Config, dump_config
 from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.megatron.attention_graphs import AttentionGraphs
 from megasparse.plan_text import not_exportable, opening_line
-from megasparse.ranks import on_every_rank, on_first_rank, this_rank
-from megasparse.training import checkpoint_files
+from megasparse.ranks import on_first_rank
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer
 from megasparse.training.checkpoint_files import CheckpointError
-from megasparse.training.data import DataChangedError, StepLoader, check_probes, data_probes
+from megasparse.training.data import StepLoader, data_probes
 from megasparse.training.datasets import Datasets, build_datasets
 from megasparse.training.dead_neurons import forget_inputs, reinit_is_due, reinitialise, watch_inputs
 from megasparse.training.distributed import (
@@ -44,6 +40,7 @@ from megasparse.training.l1 import L1Controller
 from megasparse.training.layer_stats import LayerCounter, LayerCounts
 from megasparse.training.optimizer import build_optimizer, not_finite_gradients, wrap_in_ddp
 from megasparse.training.own_time import OwnTime
+from megasparse.training.restore import check_samples, restore
 from megasparse.training.run_lock import run_lock
 from megasparse.training.schedule import LearningRate
 from megasparse.training.signals import (
@@ -414,76 +411,6 @@ def start(
         device=device,
         graphs=AttentionGraphs(model) if cfg.training.cuda_graphs and device.type == "cuda" else None,
     )
-
-
-def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets: Datasets) -> None:
-    """Loads the newest checkpoint of the run, or what `checkpoint.load` names, or nothing, as configured.
-
-    Raises:
-        ConfigError: `checkpoint.resume` forbids what is found.
-    """
-    section = cfg.checkpoint
-    root = cfg.checkpoint_directory
-    found = on_first_rank(lambda: checkpoint_files.list_checkpoints(root))
-    if section.resume == "never" and found:
-        raise ConfigError(
-            [
-                Problem(
-                    "checkpoint.resume",
-                    f"never, but {root} holds checkpoints (the newest of step {found[0][0]})",
-                    "choose another run.name or checkpoint.directory, or resume: auto",
-                )
-            ]
-        )
-    extra = checkpointer.resume(state)
-    if extra is None and section.resume == "must":
-        raise ConfigError(
-            [Problem("checkpoint.resume", f"must, but there is no checkpoint in {root}", "start with resume: auto")]
-        )
-    if extra is None and section.load is not None:
-        path = checkpointer.locate(Path(section.load))
-        if section.load_scope == "weights":
-            checkpointer.load_weights(path, state.model, state.optimizer)
-        else:
-            extra = checkpointer.load(path, state)
-            state.wandb_run_id = None  # another run's
-        if state.is_writer:
-            log.info("checkpoint: %s loaded from %s", section.load_scope, path)
-    if extra is not None:
-        try:
-            on_every_rank(partial(check_data, datasets.train, extra))  # each has read indices of its own node
-        except DataChangedError as error:
-            if not cfg.data.allow_change:
-                raise
-            if state.is_writer:
-                log.warning("data.allow_change: going on although %s", error)
-    if state.resumed_from is not None and state.is_writer:
-        log.info("checkpoint: resumed from %s (step %d)", state.resumed_from, state.step)
-
-
-def check_data(dataset: Any, extra: dict[str, Any]) -> None:
-    """Compares a checkpoint's data with what this rank reads. Raises DataChangedError."""
-    try:
-        check_probes(dataset, [(int(position), text) for position, text in extra["data"]])
-    except DataChangedError as error:
-        if dist.get_rank() == 0:
-            raise
-        raise DataChangedError(f"{this_rank()}: {error}") from None  # told where ranks before it read the right data
-
-
-def check_samples(cfg: Config, state: TrainState) -> None:
-    """The samples of a run are laid out for training.steps of the global batch; both may have changed on the way.
-
-    Raises:
-        ConfigError: there are not enough for the steps that are left.
-    """
-    batch = cfg.training.global_batch_size
-    if state.step < cfg.training.steps and state.consumed_samples > state.step * batch:
-        rule = f"smaller than before: the run has read {state.consumed_samples} samples in {state.step} steps"
-        unit = cfg.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
-        least = math.ceil(state.consumed_samples / state.step / unit) * unit
-        fix = f"set at least {least}, or start a new run from the weights with checkpoint.load"
-        raise ConfigError([Problem("training.global_batch_size", rule, fix, batch)])
 
 
 def count_parameters(model: Sequence[torch.nn.Module]) -> int:
