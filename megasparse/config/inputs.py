@@ -41,8 +41,8 @@ def check_directories(cfg: Config) -> None:
         there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             continue
-        if key == "data.cache_dir" and any(path.glob("*.npy")):  # made by others: complete, it is only read
-            continue
+        if key == "data.cache_dir" and os.access(path, os.R_OK | os.X_OK) and any(path.glob("*.npy")):
+            continue  # made by others: complete, it is only read
         reason = "is not writable" if there.is_dir() else "is not a directory"
         fix = "choose another place, or make that one writable"
         problems.setdefault(there, Problem(key, f"{there} {reason}", fix, str(path)))
