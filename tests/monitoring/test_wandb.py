@@ -10,7 +10,7 @@ from megasparse.monitoring.record import Record, read_records
 from megasparse.monitoring.sinks.jsonl import FILE_NAME, JsonlSink
 from megasparse.monitoring.sinks.wandb import STATE_FILE, WandbSink, step_offset
 from megasparse.small_files import read_json
-from megasparse.training.signals import EXIT_DONE, EXIT_NOT_FINITE, EXIT_REQUEUE
+from megasparse.training.signals import EXIT_NOT_FINITE, EXIT_REQUEUE
 from tests.launch import free_port
 from tests.monitoring.wandb_file import OfflineRun, offline_runs
 from tests.monitoring.wandb_server import WandbServer
@@ -227,7 +227,7 @@ def test_a_server_that_goes_away_does_not_hold_the_end_of_a_run(tmp_path: Path) 
     assert {row["progress/step"] for row in server.history} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("code", [EXIT_DONE, EXIT_REQUEUE, EXIT_NOT_FINITE])
+@pytest.mark.parametrize("code", [EXIT_REQUEUE, EXIT_NOT_FINITE])
 def test_a_run_that_gave_up_has_failed(code: int, tmp_path: Path) -> None:
     script = (
         "import types; from megasparse.monitoring.monitor import Monitor\n"
