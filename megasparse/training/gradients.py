@@ -29,5 +29,5 @@ def finish_gradients(model: list[Any], num_tokens: torch.Tensor | None = None, *
         dist.broadcast(num_tokens, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
     dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     scale = 1.0 / num_tokens.clamp(min=1)  # where no token counts the gradients are zero
-    # As `chunk.scale_gradients`, whose product with a number on the device runs at two thirds of this one's speed.
+    # As `chunk.scale_gradients`, whose product with a number on the device takes a fifth longer.
     torch._foreach_mul_([buffer.grad_data for chunk in model for buffer in chunk.buffers], scale)
