@@ -291,8 +291,8 @@ def _quiet_megatron() -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from megasparse.config import ConfigError, Problem, check_directories, check_files, check_space, load_with_origins
-    from megasparse.plan import checkpoint_bytes
+    from megasparse.config import ConfigError, Problem, load_with_origins
+    from megasparse.start_checks import start_checks
 
     for option in ("--world-size", "--l0", "--gpu-memory"):
         if not args.dry_run and getattr(args, option.lstrip("-").replace("-", "_")) is not None:
@@ -302,9 +302,8 @@ def _pretrain(args: argparse.Namespace) -> int:
         from megasparse.plan_text import print_plan
 
         return int(not print_plan(loaded, args.world_size, args.l0, args.gpu_memory))
-    check_files(loaded.config)
-    check_directories(loaded.config)
-    check_space(loaded.config, checkpoint_bytes(loaded.config))
+    for check in start_checks(loaded.config):
+        check()
     _quiet_megatron()
     from megasparse.training.loop import pretrain
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megasparse.config import Config, ConfigError, LoadedConfig, check_directories, check_files, check_space
+from megasparse.config import Config, ConfigError, LoadedConfig
 from megasparse.data.errors import DataError
 from megasparse.hf.architectures import architecture_of
 from megasparse.hf.errors import ConvertError
-from megasparse.plan import Plan, StageMemory, checkpoint_bytes, make_plan
+from megasparse.plan import Plan, StageMemory, make_plan
+from megasparse.start_checks import start_checks
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -57,9 +57,9 @@ def print_plan(
 def _missing(cfg: Config) -> list[str]:
     """What would end a start on this machine."""
     found = []
-    for check in (check_files, check_directories, partial(check_space, needed=checkpoint_bytes(cfg))):
+    for check in start_checks(cfg):
         try:
-            check(cfg)
+            check()
         except (ConfigError, DataError) as error:
             found.append(str(error))
     return found

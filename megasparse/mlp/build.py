@@ -97,7 +97,6 @@ def _sources() -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.suffix in (".cu", ".cpp", ".h", ".cuh"))
 
 
-@functools.cache
 def _hash_of_sources() -> str:
     """Of sources, flags and torch."""
     digest = hashlib.sha256()

@@ -60,7 +60,7 @@ def test_graphs_of_megatron_that_leave_it_out_are_accepted() -> None:
     ],
 )
 def test_a_layer_refuses_what_its_spec_lacks(changes: dict[str, Any], norm: bool, message: str | None) -> None:
-    ((found,),) = (run_distributed(1, "tests.megatron.cases:second_layer", changes, norm),)
+    [found] = run_distributed(1, "tests.megatron.cases:second_layer", changes, norm)
     if message is None:
         assert found == "built"
     else:
