@@ -1,4 +1,4 @@
-"""What a run needs of the machine that it starts on. A start ends at the first that is missing, the dry run names all."""
+"""What a run needs of the machine that it starts on: a start ends at the first that is missing, a dry run names all."""
 
 from __future__ import annotations
 
