@@ -15,9 +15,12 @@ from megasparse.config import Config, ConfigError
 OVERHEAD = 3 << 30
 """Bytes of a GPU that no tensor of ours holds: CUDA context, libraries, what the allocator keeps. One H200 with
 Transformer Engine: 2.8 to 3.3 GiB (tools/benchmark_pretrain.py)."""
-COMMUNICATORS = 5 << 29
-"""Bytes more where there are other ranks: NCCL's buffers, one set for each process group that is used. Two H200s, TP 2,
-five groups: 2.5 GiB. (Were all of Megatron's groups set up at once: 7.1 GiB; training/distributed.py.)"""
+COMMUNICATORS = {"data": 1 << 29, "tensor": 1 << 30, "context": 1 << 30, "pipeline": 1 << 31}
+"""Bytes more for each kind of parallelism: NCCL's buffers of the process groups that it uses. Two H200s: DP 0.5 GiB,
+TP 1.0, CP 1.1, PP 1.8, interleaved 2.2. (With all of Megatron's groups set up at once: 7.1; training/distributed.py.)"""
+PENDING_TRANSFERS = 34
+"""Hidden states that an interleaved pipeline has received and done with, but whose memory PyTorch does not give out
+again before the GPU, which the host is far ahead of, is done with them. Two H200s, PP 2, two chunks: 2.2 GiB."""
 ASSUMED_DENSITY = 0.02
 """Share of active neurons assumed for `l1.mode: constant`, where the config names no target."""
 
@@ -183,8 +186,16 @@ def _stage(
         activations_sparse=activations(mlp_sparse),
         temporaries_dense=_temporaries(cfg, last, sparse=False),
         temporaries_sparse=_temporaries(cfg, last, sparse=True),
-        overhead=OVERHEAD + (COMMUNICATORS if world_size > 1 else 0),
+        overhead=_overhead(cfg, world_size),
     )
+
+
+def _overhead(cfg: Config, world_size: int) -> int:
+    parallel = cfg.parallel
+    data = parallel.data_parallel_size(world_size)
+    sizes = {"data": data, "tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline}
+    pending = PENDING_TRANSFERS * _residual(cfg) if parallel.virtual_pipeline else 0
+    return OVERHEAD + pending + sum(COMMUNICATORS[kind] for kind, size in sizes.items() if size > 1)
 
 
 def checkpoint_bytes(cfg: Config) -> int:
@@ -229,7 +240,18 @@ def _graphs(cfg: Config, flight: InFlight) -> float:
     states = captured * (1.5 + 2 / tensor) + 10.5 / tensor
     weights = count_parameters(cfg).attention_per_layer // tensor  # their gradients
     temporaries = (states * _tokens(cfg) * cfg.model.hidden_size + weights) * _element(cfg)
+    if cfg.parallel.context > 1:
+        temporaries += _sent_in_graphs(cfg, captured)
     return idle + temporaries + captured / len(flight.of_chunk) * _fp8_weights(cfg)
+
+
+def _sent_in_graphs(cfg: Config, captured: int) -> int:
+    """Bytes of keys, values and their gradients that go round the ranks under context parallelism: PyTorch gives the
+    memory of what was sent and received out again when no capture is under way, so every graph keeps its own. One set
+    of keys and values in a forward, four in a backward; two H200s, CP 2."""
+    model, tensor = cfg.model, cfg.parallel.tensor
+    keys_and_values = 2 * _tokens(cfg) * model.query_groups * model.head_width // tensor * _element(cfg)
+    return 5 * captured * _chunk_layers(cfg) * keys_and_values
 
 
 def _fp8_weights(cfg: Config) -> int:
