@@ -17,7 +17,7 @@ OVERHEAD = 3 << 30
 Transformer Engine: 2.8 to 3.3 GiB (tools/benchmark_pretrain.py)."""
 COMMUNICATORS = {"data": 1 << 29, "tensor": 1 << 30, "context": 1 << 30, "pipeline": 1 << 31}
 """Bytes more for each kind of parallelism: NCCL's buffers of the process groups that it uses. Two H200s: DP 0.5 GiB,
-TP 1.0, CP 1.1, PP 1.8, interleaved 2.2. (With all of Megatron's groups set up at once: 7.1; training/distributed.py.)"""
+TP 1.0, CP 1.1, PP 1.8, interleaved 2.2. (All of Megatron's groups set up at once: 7.1; training/distributed.py.)"""
 PENDING_TRANSFERS = 34
 """Hidden states that an interleaved pipeline has received and done with, but whose memory PyTorch does not give out
 again before the GPU, which the host is far ahead of, is done with them. Two H200s, PP 2, two chunks: 2.2 GiB."""
