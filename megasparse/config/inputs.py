@@ -36,7 +36,7 @@ def check_directories(cfg: Config) -> None:
         ("run.directory", cfg.run_directory),
         ("checkpoint.directory", cfg.checkpoint_directory),
         ("logging.directory", cfg.logging_directory),
-        ("data.cache_dir", Path(os.path.expandvars(cfg.cache_directory))),
+        ("data.cache_dir", cfg.cache_directory),
     ):
         there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):

@@ -6,6 +6,7 @@ than one key is checked in `rules.py`. Paths are relative to the working directo
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -378,7 +379,8 @@ class Config(Section):
 
     @property
     def cache_directory(self) -> Path:
-        return Path(self.data.cache_dir) if self.data.cache_dir else self.run_directory / "cache"
+        """Of this node: variables in it are expanded where it is asked for."""
+        return Path(os.path.expandvars(self.data.cache_dir or self.run_directory / "cache"))
 
     @property
     def max_position_embeddings(self) -> int:

@@ -146,14 +146,9 @@ def _file_hash(path: Path) -> str:
     return f"{size} {_digest(*parts)}"
 
 
-def cache_directory(cfg: Config) -> Path:
-    """Where this node's sample indices go: variables in the path are expanded on each node."""
-    return Path(os.path.expandvars(str(cfg.cache_directory)))
-
-
 def storage(cfg: Config) -> list[dict[str, Any]]:
     """Free bytes of the directories that a run writes to, after a short write to each. Leaves nothing behind."""
-    named = {"checkpoints": cfg.checkpoint_directory, "run": cfg.run_directory, "cache": cache_directory(cfg)}
+    named = {"checkpoints": cfg.checkpoint_directory, "run": cfg.run_directory, "cache": cfg.cache_directory}
     looked: dict[Path, dict[str, Any]] = {}
     for name, path in named.items():
         folder = existing_parent(path)

@@ -53,8 +53,6 @@ class TrainState:
     """The checkpoint that this run continues, or None when it started from scratch."""
     parameters: int = 0
     """Parameters of the whole model (tied embeddings counted once)."""
-    exit_reason: str | None = None
-    """Why the loop ends early ("SIGTERM after step 20", "TIME_LIMIT after step 20", what is not finite), or None."""
     exit_code: int = 0
     """What the process will end with (`training/signals.py`); known in `on_end`."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +103,7 @@ class Callback:
         """After a checkpoint is complete on disk at `path` (for asynchronous saves, when `latest` names it)."""
 
     def on_end(self, state: TrainState) -> None:
-        """After the last step, also after an early exit by signal or time limit (`state.exit_reason`)."""
+        """After the last step, also after an early exit (`state.exit_code`)."""
 
 
 class CallbackList(Callback):

@@ -129,7 +129,7 @@ def build_datasets(cfg: Config, local_rank: int = 0, train: bool = True) -> Data
     on_every_rank(partial(check_splits, cfg))
     if dist.get_rank() == 0 and (text := repeated_validation(cfg)) is not None:
         log.warning(text)
-    cache = Path(os.path.expandvars(str(cfg.cache_directory)))
+    cache = cfg.cache_directory
     if dist.get_world_size() > 1:
         _build_on_nodes_with_own_disk(cfg, cache, local_rank, train)
     return _build(cfg, cache, train)
@@ -416,7 +416,7 @@ def main(arguments: Sequence[str]) -> None:
     if not args.validation:  # which reads no training data
         check_files(cfg)
     check_splits(cfg)
-    cache = Path(os.path.expandvars(str(cfg.cache_directory)))
+    cache = cfg.cache_directory
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         _build(cfg, cache, not args.validation)

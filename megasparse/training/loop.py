@@ -114,7 +114,6 @@ def train(run: Run) -> StopReason:
     if reason == StopReason.NONE or state.step >= cfg.training.steps:
         run.owes_validation = reason != StopReason.NONE and run.datasets.valid is not None
         return StopReason.NONE
-    state.exit_reason = f"{reason.name} after step {state.step}"
     return reason
 
 
@@ -307,7 +306,6 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
                 code, text = (EXIT_DONE, "done") if reason == StopReason.NONE else (EXIT_REQUEUE, reason.name)
             except NotFiniteError as error:
                 code, text = EXIT_NOT_FINITE, str(error)
-                run.state.exit_reason = text
                 if first:
                     log.error(text)
             run.heartbeat.at(run.state.step, "checkpoint")
