@@ -2,7 +2,7 @@
 
 Memory is an estimate. Weights, gradients and optimizer state are exact up to padding; activations follow
 Korthikanti et al. (arXiv 2205.05198) with a fused attention (no score matrix) and the buffers that the MLP here
-saves; `OVERHEAD` and `COMMUNICATORS` stand for the CUDA context, NCCL and the allocator's slack.
+saves; `OVERHEAD`, `COMMUNICATORS` and `PENDING_TRANSFERS` stand for the CUDA context, NCCL and the allocator's slack.
 """
 
 from __future__ import annotations
@@ -71,8 +71,6 @@ class StageMemory:
     """Bytes on one GPU of one pipeline stage."""
 
     stage: int
-    parameters: int
-    """Count (not bytes) on this GPU."""
     weights: int
     gradients: int
     optimizer: int
@@ -105,7 +103,7 @@ class Plan:
     tokens_total: int
     layers_per_chunk: int
     bubble: float
-    """Share of a step that pipeline stages wait: (p - 1) / (v m) relative to the work."""
+    """Time that pipeline stages wait in a step, over the time that they work: (p - 1) / (v m)."""
     parameters: Parameters
     assumed_l0: float
     """Active neurons per token of the whole layer."""
@@ -178,7 +176,6 @@ def _stage(
 
     return StageMemory(
         stage=stage,
-        parameters=count,
         weights=count * element + _fp8_weights(cfg),
         gradients=count * (4 if parallel.grad_reduce_in_fp32 else element),
         optimizer=-(-count * state // shards),

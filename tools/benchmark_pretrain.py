@@ -55,7 +55,6 @@ from pretrain_prepare import (
     places,
     resident,
     sparse_run,
-    synced,
 )
 from pretrain_variants import Variant, note_breakdown, note_memory, note_speed, parse_attempt, use, window
 
@@ -66,9 +65,11 @@ from megasparse.monitoring.energy import EnergyMeter
 from megasparse.monitoring.sparsity import LayerSparsity
 from megasparse.ranks import StorageError
 from megasparse.training.checkpoint_files import CheckpointError, resolve
-from megasparse.training.distributed import LaunchError, shut_down
+from megasparse.training.distributed import shut_down
 from megasparse.training.garbage import GarbageCollection
+from megasparse.training.launch_environment import LaunchError
 from megasparse.training.loop import Run, run_step, save
+from megasparse.training.optimizer import gather_parameters
 
 NEVER = 10**9
 STILL = [
@@ -124,7 +125,8 @@ def measure(bench: Bench) -> None:
     if not together:
         bench.say("two models do not fit: the baseline is measured after the others, not in turns with them")
         compare(bench, variants, layers)
-    weights = weights_of(synced(run.state.model))
+    gather_parameters(run.state.model)
+    weights = weights_of(run.state.model)
     if not together:
         close(run)
         variants.clear()

@@ -19,8 +19,10 @@ from megasparse.monitoring.environment import describe_environment
 from megasparse.monitoring.sparsity import LayerSparsity, SparsityMeter
 from megasparse.small_files import write_json
 from megasparse.training.data import StepLoader
-from megasparse.training.distributed import initialize, read_environment
+from megasparse.training.distributed import initialize
+from megasparse.training.launch_environment import read_environment
 from megasparse.training.loop import Run, run_step, start
+from megasparse.training.optimizer import gather_parameters
 from megasparse.training.signals import StopWatcher
 
 
@@ -125,15 +127,6 @@ def curve(bench: Bench, run: Run, steps: int) -> list[dict[str, float]]:
     return rows
 
 
-def synced(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The chunks, after every parameter whose all-gather waits for the next forward has been gathered."""
-    for chunk in chunks:
-        if getattr(chunk, "remove_forward_pre_hook_handles", None):
-            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
-            chunk.enable_forward_pre_hook()  # type: ignore[operator]
-    return chunks
-
-
 def sparse_run(bench: Bench) -> Run:
     """The model at the sparsity that it is measured at."""
     arguments, cfg = bench.arguments, bench.cfg
@@ -154,7 +147,8 @@ def sparse_run(bench: Bench) -> Run:
     )
     if arguments.train_minutes:
         history.append(train(bench, shallow, arguments.train_minutes, f"training {arguments.train_layers} layers"))
-    weights, l1 = weights_of(synced(shallow.state.model)), shallow.state.l1.state_dict()
+    gather_parameters(shallow.state.model)
+    weights, l1 = weights_of(shallow.state.model), shallow.state.l1.state_dict()
     close(shallow)
     del shallow
     clean()

@@ -205,7 +205,7 @@ class DataConfig(Section):
     """Tokens do not attend over the end of a document. Core attention is then PyTorch's under Transformer Engine too,
     whose own is causal alone."""
     eod_mask_loss: bool = False
-    """The end-of-document token counts in no loss."""
+    """What follows an end-of-document token, the start of another document, counts in no loss."""
     num_workers: NonNegativeInt = 2
     """Loader processes per rank; 0: load in the training process."""
     allow_change: bool = False

@@ -118,7 +118,7 @@ def read_backend(path: Path) -> tuple[Any, str | None]:
     return inner if inner is not None else backend, backend.eos_token
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int, directory: Path, progress: bool = False) -> TextTokenizer:
+def train_tokenizer(texts: Iterator[str], vocab_size: int, directory: Path) -> TextTokenizer:
     """Train a byte-level BPE (every text round-trips) and save it as a Hugging Face tokenizer directory.
 
     `vocab_size` counts the 256 bytes and the end-of-document token; little text can give fewer. Raises
@@ -135,7 +135,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, directory: Path, prog
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=progress,
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     tokenizer = TextTokenizer(str(directory), backend, END_OF_DOCUMENT)

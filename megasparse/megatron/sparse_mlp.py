@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ from megasparse.megatron.neuron_weight import DownWeight, InWeight
 from megasparse.megatron.stats import LayerStats
 from megasparse.megatron.tensor_parallel import tensor_parallel_mlp
 from megasparse.mlp import LayerRouter, MainGrads, MLPOutput, sparse_mlp
-
-Mode = Literal["auto", "dense", "sparse"]
+from megasparse.mlp.dispatch import Mode
 
 _log = logging.getLogger("megasparse")
 

@@ -28,7 +28,8 @@ from megasparse.config import ConfigError, Problem
 from megasparse.megatron.attention import SDPAttention
 from megasparse.megatron.attention_graphs import GraphedLayer
 from megasparse.megatron.norm import Norm
-from megasparse.megatron.sparse_mlp import Mode, SparseMLP
+from megasparse.megatron.sparse_mlp import SparseMLP
+from megasparse.mlp.dispatch import Mode
 
 Implementation = Literal["auto", "local", "te"]
 
@@ -196,7 +197,7 @@ def megatron_layer_spec(
 def block_spec(
     config: TransformerConfig,
     layer: ModuleSpec,
-    implementation: Implementation = "auto",
+    implementation: Implementation,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """All layers of this rank's chunk and the norm after the last.

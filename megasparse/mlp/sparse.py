@@ -81,16 +81,13 @@ def sparse_forward(
     main_w_in: Tensor | None,
     main_w_down: Tensor | None,
 ) -> list[Tensor]:
-    """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H], tile_counts int32 [H]; then, if
-    `save`, what the backward
-    needs.
+    """x [M, D] -> y [M, D], l1 [], counts int64 [4], fired bool [H], tile_counts int32 [H]; then, if `save`, what the
+    backward needs: mask, offset, row_ptr (`Pattern`), union_words, union_index, tile_info (`TileLists`), and the packed
+    g and u [capacity] (no u where there is no gate).
 
-    Tokens are numbered sequence after sequence (`token_order.py`; `sequences`: `tiled_sequences`) in all that is
-    saved, while x, y, token_mask and the gradients keep the caller's rows.
-
-    That is mask, offset, row_ptr (`Pattern`), union_words, union_index, tile_info (`TileLists`), and
-    the packed g and u [capacity] (no u where there is no gate). `counts` holds tokens, active, union,
-    tiles as in `MLPStats`. The main gradients are not read: they only travel to the backward.
+    `counts` holds tokens, active, union, tiles as in `MLPStats`. The main gradients are not read: they only travel to
+    the backward. Tokens are numbered sequence after sequence (`token_order.py`; `sequences`: `tiled_sequences`) in all
+    that is saved, while x, y, token_mask and the gradients keep the caller's rows.
     """
     hidden = w_down.shape[0]
     x, token_mask = by_sequence(x, sequences), mask_by_sequence(token_mask, sequences)

@@ -1,8 +1,9 @@
 """The callback that observes a run: measures on logged steps and hands one record to every sink.
 
 Between logged steps it does next to nothing. On a logged step: at most three small collectives and one copy to the
-host. `loss/lm`, `loss/l1` and sparsity are those of the logged step's global batch; `throughput/*` and
-`perf/step_time_s` are of all steps since the record before, `energy/*` of those of them that follow the last pause.
+host. `loss/lm`, `loss/l1` and sparsity are those of the logged step's global batch; `throughput/*`,
+`perf/step_time_s` and `perf/data_wait_s` are of all steps since the record before, `energy/*` of those of them that
+follow the last pause.
 Pauses for validation and checkpoints count in none.
 `perf/monitor_share` is the share of the time since that record that this callback itself took.
 """
@@ -136,7 +137,7 @@ class Monitor:
 
     def _begin_window(self, state: TrainState) -> None:
         self._window_tokens = state.consumed_tokens
-        self._window_steps, self._window_seconds, self._window_own = 0, 0.0, 0.0
+        self._window_steps, self._window_seconds, self._window_own, self._window_data = 0, 0.0, 0.0, 0.0
         self._window_started = time.perf_counter()
         self._spent.seconds = 0.0
         self._begin_metering(state)
@@ -163,6 +164,7 @@ class Monitor:
         self._window_steps += 1
         self._window_seconds += float(metrics["perf/step_time_s"])
         self._window_own += float(metrics["perf/own_time_s"])
+        self._window_data += float(metrics["perf/data_wait_s"])
         for name, value in metrics.items():
             if name.startswith("dead_neurons/") and isinstance(value, float | int):
                 self._carried[name] = self._carried.get(name, 0) + value
@@ -188,7 +190,7 @@ class Monitor:
         own[dist.get_rank()] = self._window_own
         energy = (self._energy.read(), float(self._energy.available))
         sums = torch.cat([table.flatten(), table.new_tensor([*energy, *own])])
-        data_wait = float(metrics.get("perf/data_wait_s", 0.0))
+        data_wait = self._window_data / self._window_steps
         maxima = table.new_tensor([*self._peak.read(), *resident_bytes(), data_wait])
         if self._samples_memory:
             maxima = torch.cat([maxima, self._layer_memory(state, table).flatten()])

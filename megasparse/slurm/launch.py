@@ -7,7 +7,7 @@ The YAML file (paths are relative to the working directory, as in the configurat
     arguments: [configs/paper-2b.yaml, data.blend=data/corpus, data.tokenizer=data/tokenizer]
     sbatch: {nodes: 8, partition: gpu, account: me, time: "24:00:00", gpus-per-node: 8}  # false: no such flag
     environment: {MEGASPARSE_VENV: /shared/venv, NCCL_DEBUG: WARN}
-    then:                          # each submitted with --dependency=afterok on the one above it
+    then:                          # each submitted with --dependency=afterok on this one; may have its own
       - {job: convert, arguments: [runs/paper-2b, exported], sbatch: {time: "1:00:00"}}
 
 The written script is the launcher itself with these flags in its `#SBATCH` lines, so it can be read, kept and

@@ -8,7 +8,7 @@ does so on one rank only (`TrainState.is_writer`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,9 +32,9 @@ class TrainState:
     model: list[torch.nn.Module]
     """Model chunks of this rank (several when interleaved), wrapped in Megatron's DistributedDataParallel."""
     optimizer: Any
-    """Megatron's MegatronOptimizer, or None when only evaluating."""
+    """Megatron's MegatronOptimizer."""
     scheduler: Any
-    """`training.schedule.LearningRate`, or None when only evaluating."""
+    """`training.schedule.LearningRate`."""
     l1: Any
     """`training.l1.L1Controller`: `.coefficients` is a list of one float a global layer."""
     mlps: list[Any]
@@ -55,8 +55,6 @@ class TrainState:
     """Parameters of the whole model (tied embeddings counted once)."""
     exit_code: int = 0
     """What the process will end with (`training/signals.py`); known in `on_end`."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Small picklable things that observers want saved with every checkpoint and given back on resume, by name."""
 
 
 class Observer(Protocol):
@@ -89,15 +87,17 @@ class Callback:
 
         `loss/lm` (mean cross entropy over the counted tokens of the global batch, nats), `grad_norm` (before
         clipping), `lr`, `l1/coeff` (mean over layers), `l1/layer_{i}/coeff`, `optim/skipped_steps` (total),
-        `progress/tokens`, `progress/samples`, `perf/step_time_s` (wall clock, whole step), `perf/data_wait_s` (of it,
-        waiting for the data loader on this rank), `perf/own_time_s` (of it, before waiting for other replicas, on this
-        rank), `perf/gpu_wait_s` (of it, waiting for this rank's GPU after launching all), and, when rows were
+        `progress/tokens`, `progress/samples`, `perf/step_time_s` (wall clock, whole step), `perf/data_wait_s`
+        (waiting for the data loader on this rank, most of it in the step before, while the GPU worked on),
+        `perf/own_time_s` (of the step, before waiting for other replicas, on this rank), `perf/gpu_wait_s` (of it,
+        waiting for this rank's GPU after launching all), `progress/tokens/{data set}` and, when rows were
         re-initialised in this step, `dead_neurons/layer_{i}/reinitialised`. Callbacks may add to it for those that
         follow.
         """
 
     def on_eval(self, state: TrainState, metrics: Metrics) -> None:
-        """After a validation pass: `eval/loss` (nats per counted token), `eval/ppl`, `eval/layer_{i}/l0`."""
+        """After a validation pass: `eval/loss` (nats per counted token), `eval/ppl`, `eval/l0` and
+        `eval/layer_{i}/l0` (active neurons per token)."""
 
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
         """After a checkpoint is complete on disk at `path` (for asynchronous saves, when `latest` names it)."""

@@ -276,7 +276,6 @@ class Checkpointer:
         state.consumed_tokens = run["consumed_tokens"]
         state.skipped_steps = run["skipped_steps"]
         state.wandb_run_id = run["wandb_run_id"]
-        state.extra = run["observers"]
         if self._cfg.sparsity.l1.mode == run["config"]["sparsity"]["l1"]["mode"]:
             state.l1.load_state_dict(run["l1"])
         if same_layout:
@@ -334,16 +333,15 @@ class Checkpointer:
             unwrapped(chunk).load_state_dict(loaded["model" if len(model) == 1 else f"model{index}"])
 
     def _run_content(self, state: TrainState, extra: dict[str, Any]) -> dict[str, Any]:
-        """What is saved once. Observers keep theirs on the writing rank; all ranks must save the same."""
-        observers = [state.wandb_run_id, state.extra]
-        dist.broadcast_object_list(observers, src=0)
+        """What is saved once. All ranks must save the same, and only the writing one talks to W&B."""
+        wandb_run_id = [state.wandb_run_id]
+        dist.broadcast_object_list(wandb_run_id, src=0)
         return {
             "step": state.step,
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
             "skipped_steps": state.skipped_steps,
-            "wandb_run_id": observers[0],
-            "observers": observers[1],
+            "wandb_run_id": wandb_run_id[0],
             "l1": state.l1.state_dict(),
             "layout": layout(self._cfg),
             "config": self._cfg.model_dump(mode="json"),

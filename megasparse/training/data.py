@@ -94,7 +94,7 @@ class StepLoader:
         self._device = device
         self._per_step = cfg.num_microbatches(world_size)
         self.wait_seconds = 0.0
-        """Time spent waiting for the data that the last `next_step` gave, then or ahead of it."""
+        """Time spent waiting for what the last `next_step` gave: then, or ahead of it, while the GPU worked on."""
         self._ahead: tuple[list[dict[str, torch.Tensor]], float] | None = None
         sampler = MicroBatchSampler(
             consumed_samples,

@@ -16,12 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megasparse.config import Config
-from megasparse.training.launch_environment import Launch, LaunchError, expand_nodelist, read_environment
-
-__all__ = [
-    "Launch", "LaunchError", "device_of", "expand_nodelist", "initialize", "read_environment",
-    "say_once_for_each_layer", "seed_everything", "shut_down",
-]  # fmt: skip
+from megasparse.training.launch_environment import Launch, LaunchError
 
 _joined: list[str] = []
 """Not empty where `initialize` made the default process group, rather than finding one."""

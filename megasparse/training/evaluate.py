@@ -21,7 +21,8 @@ from megasparse.training.callbacks import Metrics
 from megasparse.training.checkpoint import Checkpointer, config_of
 from megasparse.training.data import StepLoader
 from megasparse.training.datasets import build_datasets, validation_samples
-from megasparse.training.distributed import initialize, read_environment, shut_down
+from megasparse.training.distributed import initialize, shut_down
+from megasparse.training.launch_environment import read_environment
 from megasparse.training.layer_stats import LayerCounter
 from megasparse.training.optimizer import gather_parameters
 from megasparse.training.signals import StopReason

@@ -18,8 +18,9 @@ from megasparse.hf.model_folder import ModelFolder
 from megasparse.training.callbacks import Metrics
 from megasparse.training.data import StepLoader
 from megasparse.training.datasets import build_datasets, validation_samples
-from megasparse.training.distributed import initialize, read_environment, shut_down
+from megasparse.training.distributed import initialize, shut_down
 from megasparse.training.evaluate import print_metrics, user_cache, validation_metrics, with_training_data
+from megasparse.training.launch_environment import read_environment
 
 
 def evaluate_folder(folder: Path, overrides: Sequence[str] = ()) -> Metrics:

@@ -22,21 +22,15 @@ from megasparse.plan_text import not_exportable, opening_line
 from megasparse.ranks import on_first_rank
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer
-from megasparse.training.checkpoint_files import CheckpointError
 from megasparse.training.data import StepLoader, data_probes
 from megasparse.training.datasets import Datasets, build_datasets
 from megasparse.training.dead_neurons import forget_inputs, reinit_is_due, reinitialise, watch_inputs
-from megasparse.training.distributed import (
-    Launch,
-    initialize,
-    read_environment,
-    say_once_for_each_layer,
-    shut_down,
-)
+from megasparse.training.distributed import initialize, say_once_for_each_layer, shut_down
 from megasparse.training.evaluate import run_validation
 from megasparse.training.garbage import GarbageCollection
 from megasparse.training.heartbeat import Heartbeat
 from megasparse.training.l1 import L1Controller
+from megasparse.training.launch_environment import Launch, read_environment
 from megasparse.training.layer_stats import LayerCounter, LayerCounts
 from megasparse.training.optimizer import build_optimizer, not_finite_gradients, wrap_in_ddp
 from megasparse.training.own_time import OwnTime
@@ -87,7 +81,7 @@ def train(run: Run) -> StopReason:
     """Runs the steps that are left. Returns why it ended early, or NONE where none is left.
 
     Raises:
-        NotFiniteError: on all ranks, after too many steps without an update.
+        NotFiniteError: on all ranks, after too many steps in a row without an update, or where no step had one.
     """
     cfg, state = run.cfg, run.state
     reason = StopReason.NONE
@@ -106,12 +100,16 @@ def train(run: Run) -> StopReason:
             end = last or reason != StopReason.NONE
             # While steps are skipped the weights may be what is broken: saved at the end alone, beside those before.
             saves = is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0)
+            # Before the first update there is nothing to keep, and Transformer Engine's Adam has no state to save.
+            saves = saves and state.step > state.skipped_steps
             if saves:
                 run.heartbeat.at(state.step, "checkpoint")
                 save(run)
             run.checkpointer.poll()
             garbage.after_step(state.step, paused=evaluates or saves)
     if reason == StopReason.NONE or state.step >= cfg.training.steps:
+        if state.step == state.skipped_steps:
+            raise NotFiniteError(f"none of the {state.step} steps made an update (each said why), so nothing is saved")
         run.owes_validation = reason != StopReason.NONE and run.datasets.valid is not None
         return StopReason.NONE
     return reason
@@ -323,7 +321,9 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
         run.state.exit_code = code
         run.callbacks.on_end(run.state)
         if first and code == EXIT_REQUEUE:
-            log.info("stopped (%s) after step %d; the same command goes on from there", text, run.state.step)
+            saved = run.state.step > run.state.skipped_steps
+            goes_on = "goes on from there" if saved else "starts again, as no step made an update"
+            log.info("stopped (%s) after step %d; the same command %s", text, run.state.step, goes_on)
         if code != EXIT_DONE:
             # torchrun ends all ranks half a minute after the first that left so: not while rank 0 still uploads.
             on_first_rank(lambda: None)
@@ -426,4 +426,4 @@ def count_parameters(model: Sequence[torch.nn.Module]) -> int:
     return int(total.item())
 
 
-__all__ = ["CheckpointError", "Run", "pretrain", "train"]
+__all__ = ["Run", "pretrain", "train"]

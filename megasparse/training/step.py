@@ -29,7 +29,7 @@ from megasparse.training.signals import StopReason
 
 
 class NotFiniteError(RuntimeError):
-    """Loss or gradient was not finite for too many steps in a row."""
+    """Loss or gradient was not finite for too many steps in a row, or in all."""
 
 
 class StepResult(NamedTuple):

@@ -227,7 +227,9 @@ def cost_run(directory: Path, steps: int) -> list[float]:
             mlp.recorder.end_step()
         state.step = step
         seconds = time.perf_counter() - started
-        monitor.on_step_end(state, {"loss/lm": loss, "perf/step_time_s": seconds, "perf/own_time_s": seconds})
+        monitor.on_step_end(
+            state, {"loss/lm": loss, "perf/step_time_s": seconds, "perf/own_time_s": seconds, "perf/data_wait_s": 0.0}
+        )
     monitor.on_end(state)
     records = read_records(directory / "metrics.jsonl")
     return [float(record.metrics["perf/monitor_share"] or 0) for record in records]

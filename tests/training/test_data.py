@@ -127,7 +127,8 @@ def logits_of_two_documents(data: dict[str, Any]) -> dict[str, Any]:
     """Logits of a sample of two documents before and after a change of the first; and with the mask off."""
     from megasparse.megatron import build_model
     from megasparse.training.data import make_micro_batch
-    from megasparse.training.distributed import initialize, read_environment
+    from megasparse.training.distributed import initialize
+    from megasparse.training.launch_environment import read_environment
 
     results = {}
     for name, reset in (("masked", True), ("unmasked", False)):
@@ -210,7 +211,8 @@ def sample_sources(data: dict[str, Any]) -> dict[str, Any]:
     """Which data set each training sample of a blend comes from, and hashes of what was read, in order."""
     from megasparse.training.data import DataChangedError, check_probes, data_probes
     from megasparse.training.datasets import build_datasets
-    from megasparse.training.distributed import initialize, read_environment, shut_down
+    from megasparse.training.distributed import initialize, shut_down
+    from megasparse.training.launch_environment import read_environment
     from megasparse.training.sources import SourceTokens
 
     cfg = parse_config(data)
@@ -258,7 +260,8 @@ def test_blend_keeps_its_weights_and_splits_do_not_overlap(tmp_path: Path, data_
 def lengths_of_blends(data: dict[str, Any], blends: list[list[Any]]) -> list[int]:
     """Validation samples that Megatron's builder gives for each blend."""
     from megasparse.training.datasets import build_datasets
-    from megasparse.training.distributed import initialize, read_environment, shut_down
+    from megasparse.training.distributed import initialize, shut_down
+    from megasparse.training.launch_environment import read_environment
 
     found = []
     for blend in blends:
@@ -349,7 +352,8 @@ def build_with_own_disks(data: dict[str, Any], folder: str) -> list[str]:
     import os
 
     from megasparse.training.datasets import build_datasets
-    from megasparse.training.distributed import initialize, read_environment, shut_down
+    from megasparse.training.distributed import initialize, shut_down
+    from megasparse.training.launch_environment import read_environment
 
     os.environ["NODE_DISK"] = f"{folder}/node{os.environ['RANK']}"
     cfg = parse_config(data, ["data.cache_dir=$NODE_DISK/cache"])
@@ -374,7 +378,8 @@ def build_and_build_again_read_only(data: dict[str, Any]) -> list[bool]:
     import errno
 
     from megasparse.training.datasets import build_datasets
-    from megasparse.training.distributed import initialize, read_environment, shut_down
+    from megasparse.training.distributed import initialize, shut_down
+    from megasparse.training.launch_environment import read_environment
 
     def refuse(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))

@@ -10,12 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megasparse.ranks import on_first_rank
-from megasparse.training.distributed import (
-    LaunchError,
-    expand_nodelist,
-    read_environment,
-    say_once_for_each_layer,
-)
+from megasparse.training.distributed import say_once_for_each_layer
+from megasparse.training.launch_environment import LaunchError, expand_nodelist, read_environment
 from tests.launch import run_distributed
 
 SRUN = {

@@ -46,7 +46,8 @@ def spoil_after_save(sections: dict[str, Any]) -> list[str]:
     from megasparse.config import parse_config
     from megasparse.megatron.optimizer_shards import OwnShards
     from megasparse.training import loop
-    from megasparse.training.distributed import initialize, read_environment, shut_down
+    from megasparse.training.distributed import initialize, shut_down
+    from megasparse.training.launch_environment import read_environment
     from megasparse.training.signals import StopWatcher
 
     cfg, launch = parse_config(sections), read_environment()

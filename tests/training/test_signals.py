@@ -326,6 +326,20 @@ def test_a_checkpoint_of_what_may_be_broken_takes_no_other_s_place(
     assert [found.step for found in find_checkpoints(root)] == [12, stopped_at, 4]
 
 
+@pytest.mark.parametrize("stop_file_at", [2, None], ids=["stopped", "to the last step"])
+def test_a_run_without_any_update_saves_nothing(
+    tmp_path: Path, data_folder: Path, helper: Helper, stop_file_at: int | None
+) -> None:
+    run = case(tmp_path, data_folder, interval=1)
+    run["training"]["steps"] = 6
+    result = helper.run(run, broken_from=1, stop_file_at=stop_file_at)
+    assert result["exit"] == [EXIT_NOT_FINITE if stop_file_at is None else EXIT_REQUEUE], result["output"]
+    assert not list(find_checkpoints(tmp_path / "run" / "checkpoints"))
+    told = "none of the 6 steps made an update" if stop_file_at is None else "the same command starts again"
+    assert told in result["output"]
+    assert helper.run(run)["exit"] == [0]
+
+
 def test_one_step_with_infinite_activations_leaves_no_trace(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     """Where every neuron seems to fire, and where dead ones were to get rows that depend on the layer's inputs."""
     run = case(tmp_path, data_folder, interval=5)
