@@ -146,12 +146,18 @@ def test_the_exit_code_of_a_dry_run(
     config = {**SMALL, "data": {"blend": "d/text", "tokenizer": "d/text-tokenizer"}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "a file").touch()
+    (tmp_path / "old" / "checkpoints" / "step_00000004").mkdir(parents=True)
     Tokenizer(WordLevel({"w": 0}, unk_token="w")).save(str(tmp_path / "tokenizer.json"))
     for code, reason, *arguments in (
         (0, "", "--gpu-memory", "80"),
         (1, "no file absent.bin", "data.blend=absent"),
         (1, "a file is not a directory", "run.directory=a file/runs"),
         (1, "no token '<|endoftext|>'", "data.tokenizer=tokenizer.json", "model.vocab_size=512"),
+        (1, "must, but there is no checkpoint in", "checkpoint.resume=must"),
+        (1, "never, but old/checkpoints holds checkpoints", "run.directory=old", "checkpoint.resume=never"),
+        (0, "", "run.directory=old", "checkpoint.resume=must"),
+        (1, "checkpoint.load = 'd': there is no checkpoint there", "checkpoint.load=d"),
+        (0, "", "checkpoint.load=old"),
         (1, "Too much for 0.001 GiB", "--gpu-memory", "0.001"),
         (2, "training.global_batch_size = 8", "--world-size", "3"),
     ):
@@ -161,7 +167,7 @@ def test_the_exit_code_of_a_dry_run(
         assert ("in all" in output) == (code != 2)
         assert ("Before this can run" in output) == (code == 1 and not reason.startswith("Too much"))
         assert reason in output + errors
-    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "d", "c.yaml", "a file", "tokenizer.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "d", "c.yaml", "a file", "old", "tokenizer.json"}
 
 
 def test_evaluate_and_report_need_a_run(tmp_path: Path) -> None:

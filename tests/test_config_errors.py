@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -351,3 +352,17 @@ def test_no_room_for_a_checkpoint(tmp_path: Path) -> None:
     text = message(partial(check_space, needed=1 << 60), cfg)
     assert text.startswith(f"checkpoint.directory = '{tmp_path}/a/checkpoints': a checkpoint takes 1.07e+09 GiB")
     assert f"GiB, and {tmp_path} has " in text
+    check_space(cfg, 1 << 60, leftovers=1 << 60)
+
+
+def test_no_room_to_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full").mkdir()
+    cfg = parse_config(
+        {**SMALL, "run": {"directory": str(tmp_path / "full")}, "checkpoint": {"directory": str(tmp_path)}}
+    )
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0) if "full" in str(path) else usage)
+    text = message(check_space, cfg, 1)
+    assert text.startswith("run.directory")
+    assert f"{tmp_path}/full has 0 GiB free" in text
+    assert "checkpoint.directory" not in text

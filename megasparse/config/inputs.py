@@ -50,18 +50,29 @@ def check_directories(cfg: Config) -> None:
         raise ConfigError(list(problems.values()), host_specific=True)
 
 
-def check_space(cfg: Config, needed: int) -> None:
+LEAST_FREE = 16 << 20
+"""Bytes for metrics, reports and sample indices, to begin with."""
+
+
+def check_space(cfg: Config, needed: int, leftovers: int = 0) -> None:
     """There must be room for one checkpoint of `needed` bytes: a run that cannot save any had better not start.
 
-    Raises ConfigError naming the directory.
+    `leftovers`: bytes in the checkpoint directory that the start will free. Raises ConfigError naming the directories.
     """
-    path = cfg.checkpoint_directory
-    there = existing_parent(path)
-    disk = shutil.disk_usage(there)
-    if disk.total > 0 and disk.free < needed:  # some file systems do not count
-        rule = f"a checkpoint takes {needed / 2**30:.3g} GiB, and {there} has {disk.free / 2**30:.3g} GiB free"
-        problem = Problem("checkpoint.directory", rule, "make room, or choose another place", str(path))
-        raise ConfigError([problem], host_specific=True)
+    problems: dict[Path, Problem] = {}
+    for key, path, what, size, freed in (
+        ("checkpoint.directory", cfg.checkpoint_directory, "a checkpoint takes", needed, leftovers),
+        ("run.directory", cfg.run_directory, "a run begins with", LEAST_FREE, 0),
+        ("logging.directory", cfg.logging_directory, "metrics begin with", LEAST_FREE, 0),
+    ):
+        there = existing_parent(path)
+        disk = shutil.disk_usage(there)
+        if disk.total > 0 and disk.free + freed < size:  # some file systems do not count
+            free = f"{there} has {(disk.free + freed) / 2**30:.3g} GiB free"
+            rule = f"{what} {size / 2**30:.3g} GiB, and {free}"
+            problems.setdefault(there, Problem(key, rule, "make room, or choose another place", str(path)))
+    if problems:
+        raise ConfigError(list(problems.values()), host_specific=True)
 
 
 def existing_parent(path: Path) -> Path:
@@ -99,8 +110,9 @@ def _missing_files(cfg: Config) -> Iterator[Problem]:
 
 
 def _key_of(cfg: Config, prefix: str) -> str:
-    """The first key that names a data set."""
-    return next(f"data.{key}" for key, blend in cfg.data.blends.items() if prefix in [name for _, name in blend])
+    """The key that names a data set; `data.valid` where it is one of several, as `evaluate` has it stand for all."""
+    keys = [key for key, blend in cfg.data.blends.items() if prefix in [name for _, name in blend]]
+    return f"data.{'valid' if 'valid' in keys else keys[0]}"
 
 
 def _unreadable(path: str, absent: str) -> str | None:
@@ -134,7 +146,8 @@ def _foreign_tokens(cfg: Config) -> Iterator[Problem]:
         size = description.get("vocab_size")
         if isinstance(size, int) and cfg.model.vocab_size is not None and size > cfg.model.vocab_size:
             rule = f"the data {prefix} has tokens of a vocabulary of {size}"
-            yield Problem("model.vocab_size", rule, f"set at least {size}", cfg.model.vocab_size)
+            fix = f"set at least {size}, or tokenise the data with the tokenizer of this model"
+            yield Problem("model.vocab_size", rule, fix, cfg.model.vocab_size)
         if size is None and cfg.model.vocab_size is not None:  # of another tool
             token = largest_token(prefix)
             if token >= cfg.model.vocab_size:

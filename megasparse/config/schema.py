@@ -243,7 +243,7 @@ class TrainingConfig(Section):
     """Sequences per optimizer step over the whole job."""
     steps: PositiveInt
     """Optimizer steps of the whole run."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: Literal["off", "hybrid", "e4m3"] = "off"
     """Attention projections in 8 bits, by Transformer Engine; the sparse MLP and all the rest stay in bf16. hybrid:

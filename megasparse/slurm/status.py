@@ -100,7 +100,10 @@ def status_of(run: Path, now: float) -> Status:
         or ("not running" if free else "not known to SLURM", None, None)
     )
     pace = _seconds_a_step(records)
-    left = None if last is None or steps is None else max(0, steps - last.step)
+    # Records are written every so many steps; a run that ends, or saves, may be past the last.
+    reached = [last.step if last else None, _exit(run, last).get("step"), _step_of(checkpoint)]
+    step = max((number for number in reached if number is not None), default=None)
+    left = None if step is None or steps is None else max(0, steps - step)
     return Status(
         run=str(run),
         job=job,
@@ -110,7 +113,7 @@ def status_of(run: Path, now: float) -> Status:
         requeues=sum(1 for end in ends if end.get("requeued")),
         last_end=str(ends[-1]["reason"]) if ends else None,
         hang=_hang(run),
-        step=last.step if last else None,
+        step=step,
         steps=steps,
         loss=_number(last, "loss/lm"),
         skipped_steps=int(_number(last, "optim/skipped_steps") or 0) if last else None,
@@ -192,12 +195,14 @@ def _ask_slurm(job: str | None) -> tuple[str, str | None, str | None] | None:
     return None
 
 
+def _exit(run: Path, last: Record | None) -> dict[str, Any]:
+    file = run / EXIT_FILE
+    return {} if not file.is_file() or (last is not None and file.stat().st_mtime < last.time) else read_json(file)
+
+
 def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None] | None:
     """What a run without SLURM wrote when it ended, unless it has made steps since."""
-    file = run / EXIT_FILE
-    if not file.is_file() or (last is not None and file.stat().st_mtime < last.time):
-        return None
-    end = read_json(file)
+    end = _exit(run, last)
     if not end:
         return None
     if end.get("code") == EXIT_DONE:
@@ -206,6 +211,10 @@ def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None] |
     if end.get("requeue"):
         return "stopped", f"{reason} after step {end.get('step')}", None
     return "ended", reason, None
+
+
+def _step_of(checkpoint: str | None) -> int | None:
+    return None if checkpoint is None else int(checkpoint.removeprefix("step_"))
 
 
 def _from_files(ends: list[dict[str, object]]) -> tuple[str, str | None, str | None] | None:

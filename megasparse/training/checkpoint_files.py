@@ -168,6 +168,13 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match.group(1)), path) for match, path in matches if match and path.is_dir()), reverse=True)
 
 
+def may_hold_checkpoint(path: Path) -> bool:
+    """Whether `resolve` has something to look into: a checkpoint, a checkpoint directory, or a run directory."""
+    if (path / MANIFEST).exists() or _NAME.match(path.name):
+        return True
+    return any(list_checkpoints(root) for root in (path, path / "checkpoints"))
+
+
 def find_checkpoints(root: Path) -> Iterator[Found]:
     """All checkpoints under `root`, newest step first, damaged ones too.
 
@@ -237,10 +244,25 @@ def write_problem(directory: Path) -> str | None:
 
 def remove_leftovers(root: Path) -> None:
     """Removes what killed runs left half-written or half-deleted."""
-    if root.is_dir():
-        for pattern in (".step_*.partial-*", ".trash-*"):
-            for path in root.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+    for path in _leftovers(root):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def leftover_bytes(root: Path) -> int:
+    """Of what `remove_leftovers` will remove."""
+    total = 0
+    for path in _leftovers(root):
+        for folder, _, names in os.walk(path):
+            for name in names:
+                with suppress(OSError):
+                    total += os.stat(os.path.join(folder, name)).st_blocks * 512
+    return total
+
+
+def _leftovers(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return [path for pattern in (".step_*.partial-*", ".trash-*") for path in root.glob(pattern)]
 
 
 def _remove(path: Path) -> None:

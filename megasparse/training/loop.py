@@ -19,7 +19,7 @@ from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.megatron.attention_graphs import AttentionGraphs
 from megasparse.plan_text import not_exportable, opening_line
-from megasparse.ranks import on_first_rank
+from megasparse.ranks import StorageError, on_first_rank
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer
 from megasparse.training.data import StepLoader, data_probes
@@ -39,6 +39,7 @@ from megasparse.training.run_lock import run_lock
 from megasparse.training.schedule import LearningRate
 from megasparse.training.signals import (
     EXIT_DONE,
+    EXIT_ERROR,
     EXIT_NOT_FINITE,
     EXIT_REQUEUE,
     StopReason,
@@ -306,6 +307,10 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
                 code, text = EXIT_NOT_FINITE, str(error)
                 if first:
                     log.error(text)
+            except StorageError as error:
+                if first:
+                    write_exit_file(cfg.run_directory, EXIT_ERROR, str(error), run.state.step)
+                raise
             run.heartbeat.at(run.state.step, "checkpoint")
             run.checkpointer.close()
         run.loader.close()

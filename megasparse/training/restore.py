@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from megasparse.config import Config, ConfigError, Problem
 from megasparse.ranks import on_every_rank, on_first_rank, this_rank
-from megasparse.training import checkpoint_files
+from megasparse.start_checks import check_resume
 from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint import Checkpointer
 from megasparse.training.data import DataChangedError, check_probes
@@ -26,26 +26,11 @@ def restore(cfg: Config, checkpointer: Checkpointer, state: TrainState, datasets
     """Loads the newest checkpoint of the run, or what `checkpoint.load` names, or nothing, as configured.
 
     Raises:
-        ConfigError: `checkpoint.resume` forbids what is found.
+        ConfigError: `checkpoint.resume` and `checkpoint.load` do not agree with what is found.
     """
     section = cfg.checkpoint
-    root = cfg.checkpoint_directory
-    found = on_first_rank(lambda: checkpoint_files.list_checkpoints(root))
-    if section.resume == "never" and found:
-        raise ConfigError(
-            [
-                Problem(
-                    "checkpoint.resume",
-                    f"never, but {root} holds checkpoints (the newest of step {found[0][0]})",
-                    "choose another run.name or checkpoint.directory, or resume: auto",
-                )
-            ]
-        )
+    on_first_rank(partial(check_resume, cfg))
     extra = checkpointer.resume(state)
-    if extra is None and section.resume == "must":
-        raise ConfigError(
-            [Problem("checkpoint.resume", f"must, but there is no checkpoint in {root}", "start with resume: auto")]
-        )
     if extra is None and section.load is not None:
         path = checkpointer.locate(Path(section.load))
         if section.load_scope == "weights":

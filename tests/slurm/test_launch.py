@@ -136,6 +136,8 @@ def test_status_of_a_run_that_stopped_without_slurm(tmp_path: Path) -> None:
     write_exit_file(tmp_path, 75, "SIGINT", 10)
     status = status_of(tmp_path, now=4650.0)
     assert (status.state, status.reason, status.eta_seconds) == ("stopped", "SIGINT after step 10", None)
+    write_exit_file(tmp_path, 75, "SIGINT", 14)  # records are not of every step
+    assert status_of(tmp_path, now=4650.0).step == 14
     write_exit_file(tmp_path, 65, "step 10: no update\nthe last ten were skipped", 10)
     status = status_of(tmp_path, now=4650.0)
     assert (status.state, status.reason) == ("ended", "step 10: no update")

@@ -13,6 +13,7 @@ from megasparse.training.checkpoint_files import (
     DamagedError,
     examine,
     find_checkpoints,
+    leftover_bytes,
     list_checkpoints,
     partial_directory,
     prune,
@@ -42,6 +43,17 @@ def test_publish_then_find(tmp_path: Path) -> None:
     again = write(tmp_path, 20, "other weights")  # replaces what is there under the same name
     assert (again / "shard.distcp").read_text() == "other weights"
     assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_leftovers_are_counted_as_room_and_removed(tmp_path: Path) -> None:
+    assert leftover_bytes(tmp_path / "absent") == 0
+    write(tmp_path, 10)
+    assert leftover_bytes(tmp_path) == 0
+    (partial_directory(tmp_path, 20) / "shard.distcp").write_bytes(bytes(1 << 20))
+    assert leftover_bytes(tmp_path) == pytest.approx(1 << 20, rel=0.05)
+    remove_leftovers(tmp_path)
+    assert leftover_bytes(tmp_path) == 0
+    assert len(list_checkpoints(tmp_path)) == 1
 
 
 def test_examine_names_what_is_wrong(tmp_path: Path) -> None:
