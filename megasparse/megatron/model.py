@@ -24,7 +24,7 @@ from megasparse.megatron.spec import (
     implementation_problem,
     layer_spec,
     resolve_implementation,
-    without_transformer_engine,
+    transformer_engine_problem,
 )
 
 
@@ -106,7 +106,7 @@ def _check_transformer_engine(cfg: Config) -> None:
     if training.recompute == "selective" and "layernorm" in training.recompute_modules:
         key, value = "training.recompute_modules", list(training.recompute_modules)
         why = "Megatron-Core recomputes layernorm only with"
-        found.append(without_transformer_engine(key, value, why, "leave layernorm out"))
+        found.append(transformer_engine_problem(key, value, why, "leave layernorm out"))
     problems = [problem for problem in found if problem is not None]
     if problems:
         raise ConfigError(problems, host_specific=True)

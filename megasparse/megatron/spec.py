@@ -46,7 +46,7 @@ def have_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
-def without_transformer_engine(key: str, value: Any, why: str, instead: str) -> Problem | None:
+def transformer_engine_problem(key: str, value: Any, why: str, instead: str) -> Problem | None:
     """What is wrong with a setting that asks for Transformer Engine where that cannot be used; None where it can."""
     if have_transformer_engine():
         return None
@@ -58,7 +58,7 @@ def implementation_problem(implementation: Implementation) -> Problem | None:
     """What keeps an implementation from being used here."""
     if implementation != "te":
         return None
-    return without_transformer_engine("model.implementation", implementation, "is", "set auto or local")
+    return transformer_engine_problem("model.implementation", implementation, "is", "set auto or local")
 
 
 def resolve_implementation(implementation: Implementation) -> Literal["local", "te"]:

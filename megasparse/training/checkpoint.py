@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import multiprocessing
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -36,7 +32,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megasparse.config import Config
 from megasparse.host import host_name
-from megasparse.parent import end_with_parent
 from megasparse.ranks import StorageError, on_every_rank, on_first_rank
 from megasparse.training.callbacks import TrainState
 from megasparse.training.checkpoint_content import (
@@ -64,6 +59,7 @@ from megasparse.training.checkpoint_files import (
 )
 from megasparse.training.dead_neurons import share_idle_steps
 from megasparse.training.optimizer import apply_adam_settings, gather_parameters
+from megasparse.training.save_helper import start_save_helper
 from megasparse.training.signals import signals_wait
 
 log = logging.getLogger("megasparse")
@@ -352,33 +348,6 @@ class Checkpointer:
 def _say_changed(path: Path, changes: Sequence[str]) -> None:
     for change in changes if dist.get_rank() == 0 else ():
         log.info("checkpoint: changed since %s: %s", path.name, change)
-
-
-def start_save_helper() -> None:
-    """Starts the process through which Megatron's writers report, so that it ends when this one is killed.
-
-    Megatron would start one itself, which stays for ever then.
-    """
-    if getattr(filesystem_async, "_results_queue", "no such variable") is None:
-        helper = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        helper.start(end_with_parent)
-        filesystem_async._results_queue = _Results(helper.Queue())
-
-
-class _Results:
-    """A queue of the helper as Megatron's writers and reader use it, of which the helper sees bytes alone.
-
-    To take in what they say it would import torch: seconds in every rank's first save, and 250 MB while the run lasts.
-    """
-
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
-
-    def put(self, item: Any) -> None:
-        self._queue.put(pickle.dumps(item))
-
-    def get_nowait(self) -> Any:
-        return pickle.loads(self._queue.get_nowait())
 
 
 def _check_content(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.config import Config, check_files, known_settings, parse_config
+from megasparse.config import Config, ConfigError, Problem, check_files, known_settings, parse_config
 from megasparse.megatron import LayerStats, build_model, iter_sparse_mlps
 from megasparse.megatron.fp8 import amax_kept
 from megasparse.training import checkpoint_files
@@ -109,7 +109,7 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
 
     Raises:
         CheckpointError: no complete checkpoint there.
-        ConfigError: the overrides do not fit.
+        ConfigError: the overrides do not fit, or there are no validation data.
     """
     path = checkpoint_files.resolve(Path(run))
     launch = read_environment()
@@ -126,9 +126,8 @@ def evaluate(run: str | Path, overrides: Sequence[str] = ()) -> Metrics:
     try:
         datasets = build_datasets(cfg, launch.local_rank, train=False)
         if datasets.valid is None:
-            raise checkpoint_files.CheckpointError(
-                f"{path}: its configuration has no validation data; give data.valid=PREFIX or training.eval_steps=10"
-            )
+            fix = "give data.valid=PREFIX or training.eval_steps=10"
+            raise ConfigError([Problem("data.valid", f"{path}: its configuration has no validation data", fix)])
         model: list[torch.nn.Module] = list(build_model(cfg))
         step = Checkpointer(cfg).load_weights(path, model, None)
         for chunk in model:

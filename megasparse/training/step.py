@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ def train_step(
     optimizer: Any,
     batches: Sequence[MicroBatch],
     stop: StopReason,
-    after_backward: Any = None,
+    after_backward: Callable[[], None] | None = None,
 ) -> StepResult:
     """Runs one step on every rank.
 

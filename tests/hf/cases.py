@@ -137,8 +137,8 @@ def _write(cfg: Any, model: Any, path: Path) -> None:
     """A checkpoint of the model at its layout, in the formats that training saves."""
     from megatron.core import dist_checkpointing
 
-    from megasparse.training.checkpoint import start_save_helper
     from megasparse.training.checkpoint_files import seal
+    from megasparse.training.save_helper import start_save_helper
 
     if dist.get_rank() == 0:
         path.mkdir(parents=True)

@@ -28,7 +28,7 @@ from megasparse.megatron import SparseMLP, build_model, iter_sparse_mlps, layer_
 from megasparse.megatron.attention_graphs import AttentionGraphs, LayerGraphs
 from megasparse.megatron.init import fill_normal, global_name
 from megasparse.megatron.torch_adam import prepare_torch_adam
-from megasparse.training.checkpoint import start_save_helper
+from megasparse.training.save_helper import start_save_helper
 
 SEQUENCE, BATCH, VOCAB = 16, 4, 96
 

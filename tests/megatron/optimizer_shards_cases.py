@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 
 from megasparse.megatron.optimizer_shards import STATES, OwnShards, save_own_shards
-from megasparse.training.checkpoint import start_save_helper
+from megasparse.training.save_helper import start_save_helper
 from tests.megatron.cases import Model, _optimizer, _state, make_config, start
 
 WAYS = ("megatron", "pieces")
