@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"
 _ADVICE = "name another with --tokenizer PATH, or leave it out with --no-tokenizer"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -126,8 +127,8 @@ def copy_assets(source: Path, output: Path, tokenizer: bool = True) -> None:
     for name in (*TOKENIZER_FILES, GENERATION) if tokenizer else (GENERATION,):
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", output / "additional_chat_templates", dirs_exist_ok=True)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, output / TEMPLATES, dirs_exist_ok=True)
 
 
 def write_generation_config(output: Path, token_ids: dict[str, Any]) -> None:

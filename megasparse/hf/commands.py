@@ -83,7 +83,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights (auto: as stored)"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUTPUT if it exists, when the new one is complete"
+        "--overwrite",
+        action="store_true",
+        help="replace OUTPUT, when the new one is complete; it must be empty, or hold an earlier result of this "
+        "command and nothing else",
     )
     parser.add_argument(
         "--verify",
@@ -140,11 +143,11 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    from megasparse.hf.from_hf import MODEL_YAML, FromHf, convert_from_hf
+    from megasparse.hf.from_hf import MODEL_YAML, FromHf, convert_from_hf, foreign_to_import
     from megasparse.hf.output import check_target
     from megasparse.hub import local_model
 
-    check_target(args.output, args.overwrite)  # before a download
+    check_target(args.output, args.overwrite, foreign=foreign_to_import)  # before a download
     options = FromHf(
         model=local_model(args.model),
         output=args.output,

@@ -15,8 +15,9 @@ from megasparse.hf.config import SourceModel
 from megasparse.hf.conversion import ASSETS_BYTES, DTYPES, Converted, Progress, adding_up, to_dtype
 from megasparse.hf.megatron_files import write_checkpoint
 from megasparse.hf.model_folder import ModelFolder
-from megasparse.hf.output import output_folder
-from megasparse.training.checkpoint_files import seal
+from megasparse.hf.output import any_entry, output_folder
+from megasparse.small_files import read_json
+from megasparse.training.checkpoint_files import MANIFEST, seal
 
 ASSETS = "hf"
 """Folder, inside the checkpoint, of the tokenizer and what else came with the model."""
@@ -61,7 +62,11 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
     notes = _notes(described, tokenizer)
     advance = adding_up(progress, total)
     with output_folder(
-        options.output, needed=total + ASSETS_BYTES, overwrite=options.overwrite, inputs=(folder,)
+        options.output,
+        needed=total + ASSETS_BYTES,
+        overwrite=options.overwrite,
+        inputs=(folder,),
+        foreign=foreign_to_import,
     ) as place:
         partial = place.path
         if place.note:
@@ -93,6 +98,16 @@ def convert_from_hf(options: FromHf, progress: Progress = lambda done, total: No
         files=1,
         notes=notes,
     )
+
+
+def foreign_to_import(folder: Path) -> str | None:
+    """The first entry of a folder that no import wrote: its manifest lists all that it did write. A checkpoint of a
+    training run has a manifest too, and no model.yaml in it."""
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict) or not {MODEL_YAML, f"{ASSETS}/config.json"} <= files.keys():
+        return any_entry(folder)
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return min((name for name in names if name not in files and name != MANIFEST), default=None)
 
 
 def _notes(described: SourceModel, tokenizer: bool) -> list[str]:

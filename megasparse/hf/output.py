@@ -22,6 +22,14 @@ _MARKER = ".conversion.json"
 _RESERVE = 64 * 2**20
 """Bytes left free on the disk."""
 
+Foreign = Callable[[Path], str | None]
+"""Of a folder that is not empty: the name of an entry that an earlier call did not write, or None."""
+
+
+def any_entry(folder: Path) -> str | None:
+    """The `Foreign` of a command whose results cannot be told from other folders."""
+    return min((path.name for path in folder.iterdir()), default=None)
+
 
 @dataclass(frozen=True)
 class Output:
@@ -39,6 +47,7 @@ def output_folder(
     fingerprint: dict[str, Any] | None = None,
     inputs: tuple[Path, ...] = (),
     reusable: Callable[[Path], int] = lambda folder: 0,
+    foreign: Foreign = any_entry,
 ) -> Iterator[Output]:
     """A hidden folder beside `target`, which becomes `target` when the block ends well.
 
@@ -48,14 +57,15 @@ def output_folder(
 
     Args:
         needed: bytes that will be written.
-        overwrite: replace an existing `target`, once the new one is complete.
+        overwrite: replace a `target` that is empty or an earlier result, once the new one is complete.
         fingerprint: what the output depends on.
         inputs: paths that are read and must not be replaced.
         reusable: bytes in a folder found again that need not be written again.
+        foreign: what keeps an existing `target` from being an earlier result.
 
     Raises:
-        ConvertError: the target exists, is among the inputs, is being written by another process, cannot be written,
-            or does not fit on the disk.
+        ConvertError: the target exists, holds something else, is among the inputs, is being written by another
+            process, cannot be written, or does not fit on the disk.
     """
     target = Path(os.path.realpath(target))  # a link stays; what it points to is written, on the disk that it is on
     partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
@@ -63,7 +73,7 @@ def output_folder(
         if old.exists() and not target.exists():  # a kill between the two renames
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-        check_target(target, overwrite, inputs)
+        check_target(target, overwrite, inputs, foreign)
         partial.mkdir(parents=True, exist_ok=True)
         lock = _lock(partial, target)
         note = _take_over(partial, fingerprint)
@@ -83,6 +93,7 @@ def output_folder(
         if fingerprint is not None:
             (partial / _MARKER).write_text(json.dumps(fingerprint))
         yield Output(partial, note)
+        check_target(target, overwrite, inputs, foreign)  # hours may have passed, in which somebody used the folder
         (partial / _MARKER).unlink(missing_ok=True)
         _put_in_place(partial, target, old)
     except Exception as error:
@@ -98,9 +109,9 @@ def output_folder(
         os.close(lock)
 
 
-def check_target(target: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Raises ConvertError where `output_folder` would: the target exists, or is among the inputs. Writes nothing, so
-    it can stand before a download, or before anything else that would be for nothing."""
+def check_target(target: Path, overwrite: bool, inputs: tuple[Path, ...] = (), foreign: Foreign = any_entry) -> None:
+    """Raises ConvertError where `output_folder` would: the target exists, holds what no earlier call wrote, or is among
+    the inputs. Writes nothing, so it can stand before a download, or before anything else that would be for nothing."""
     target = Path(os.path.realpath(target))
     for path in inputs:
         source = path.resolve()
@@ -112,6 +123,15 @@ def check_target(target: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
         raise ConvertError(f"{target}: exists already; choose another output or give --overwrite")
     if os.path.exists(target) and not os.path.isdir(target):
         raise ConvertError(f"{target}: is a file, not a folder; choose another output")
+    try:
+        entry = foreign(target) if os.path.exists(target) and any(target.iterdir()) else None
+    except OSError as error:
+        raise ConvertError(f"{target}: cannot be read ({error.strerror or error}); choose another output") from None
+    if entry is not None:
+        raise ConvertError(
+            f"{target}: holds {entry}, which is not of an earlier result of this command, and --overwrite replaces "
+            "nothing else; choose another output, or remove that folder by hand"
+        )
 
 
 def _lock(partial: Path, target: Path) -> int:

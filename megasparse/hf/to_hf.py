@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from megasparse.hf.architectures import Architecture, architecture_of
-from megasparse.hf.assets import find_tokenizer, suits_qwen2, write_generation_config, write_tokenizer
+from megasparse.hf.assets import (
+    GENERATION,
+    TEMPLATES,
+    TOKENIZER_FILES,
+    find_tokenizer,
+    suits_qwen2,
+    write_generation_config,
+    write_tokenizer,
+)
 from megasparse.hf.config import to_hf_config
 from megasparse.hf.conversion import ASSETS_BYTES, DTYPES, Converted, Progress, adding_up, to_dtype
 from megasparse.hf.errors import ConvertError
@@ -20,7 +29,11 @@ from megasparse.hf.output import check_target, output_folder
 from megasparse.hf.safetensors_files import INDEX, Planned, index_of, is_complete, plan_files, write_file
 from megasparse.hf.source import Source, open_checkpoint
 from megasparse.hf.tensors import Weight, hf_shapes, split, zero_tensors
+from megasparse.small_files import read_json
 from megasparse.training.checkpoint_files import examine
+
+_WRITTEN = ("config.json", GENERATION, INDEX, *TOKENIZER_FILES)
+_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     dtype = source.reader.dtype(source.weights[0]) if options.dtype == "auto" else DTYPES[options.dtype]
     notes = []
     tokenizer = _tokenizer(source, options)
+    check_target(options.output, options.overwrite, _inputs(source, tokenizer), foreign_to_export)
     if tokenizer is None and not options.no_tokenizer:
         notes.append("no tokenizer: the run names none (data.tokenizer); give it with --tokenizer PATH")
 
@@ -81,6 +95,7 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
         fingerprint=_fingerprint(source, options, dtype, tokenizer),
         inputs=_inputs(source, tokenizer),
         reusable=reusable,
+        foreign=foreign_to_export,
     ) as place:
         folder = place.path
         if place.note:
@@ -119,11 +134,28 @@ def check(options: ToHf) -> ToHf:
     """
     source = open_checkpoint(options.checkpoint)
     tokenizer = _tokenizer(source, options)
-    check_target(options.output, options.overwrite, _inputs(source, tokenizer))
+    check_target(options.output, options.overwrite, _inputs(source, tokenizer), foreign_to_export)
     if tokenizer is not None:
         with TemporaryDirectory() as folder:
             write_tokenizer(tokenizer, source.vocab_size, Path(folder), architecture_of(source.model).model_type)
     return replace(options, tokenizer=None if tokenizer is None else str(tokenizer))
+
+
+def foreign_to_export(folder: Path) -> str | None:
+    """The first entry of a folder that no export wrote: a README.md or a .git as well, which are somebody's work, and
+    the config.json of another model."""
+    entries = sorted(folder.iterdir())
+    for path in entries:
+        if path.is_dir():
+            ours = path.name == TEMPLATES and all(inner.suffix == ".jinja" for inner in path.iterdir())
+        else:
+            ours = path.name in _WRITTEN or _WEIGHTS.fullmatch(path.name) is not None
+        if not ours:
+            return path.name
+    config = read_json(folder / "config.json")
+    if config.get("hidden_act") == "relu" and "transformers_version" not in config:  # as transformers itself writes
+        return None
+    return "config.json" if folder / "config.json" in entries else entries[0].name
 
 
 class _Tensors:

@@ -148,8 +148,11 @@ def test_an_existing_output_stays_unless_told(checkpoint: Path, tmp_path: Path) 
     with pytest.raises(ConvertError, match="exists already"):
         convert_to_hf(ToHf(checkpoint, tmp_path / "out"))
     assert (tmp_path / "out/mine").read_text() == "precious"
+    with pytest.raises(ConvertError, match="out: holds mine, which is not of an earlier result"):
+        convert_to_hf(ToHf(checkpoint, tmp_path / "out", overwrite=True))
+    assert (tmp_path / "out/mine").read_text() == "precious"
+    (tmp_path / "out/mine").unlink()
     convert_to_hf(ToHf(checkpoint, tmp_path / "out", overwrite=True))
-    assert not (tmp_path / "out/mine").exists()
     assert leftovers(tmp_path) == ["out"]
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from megasparse.hf.from_hf import FromHf, convert_from_hf
 from megasparse.hf.output import output_folder
 from megasparse.hf.to_hf import ToHf, convert_to_hf
 from tests.hf.cases import config_of, contents, write_plain
+from tests.hf.test_commands import write_tokenizer
 from tests.hf.test_from_hf import make_model
 
 KILLED = """
@@ -85,7 +90,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk/out")
     for overwrite in (False, True, True):
-        with output_folder(tmp_path / "out", 0, overwrite) as place:
+        with output_folder(tmp_path / "out", 0, overwrite, foreign=lambda folder: None) as place:
             assert place.path.parent == tmp_path / "disk"
             (place.path / "mine").write_text("new")
     assert (tmp_path / "out").is_symlink()
@@ -110,17 +115,99 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatc
         rename(path, target)
 
     monkeypatch.setattr(Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "out", 0, overwrite=True):
+    place = output_folder(tmp_path / "out", 0, overwrite=True, foreign=lambda folder: None)
+    with pytest.raises(KeyboardInterrupt), place:
         pass
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConvertError, match="exists already"), output_folder(tmp_path / "out", 0, overwrite=False):
         pass
     assert (tmp_path / "out/mine").read_text() == "old"
-    with output_folder(tmp_path / "out", 0, overwrite=True) as place:
-        (place.path / "mine").write_text("new")
+    with output_folder(tmp_path / "out", 0, overwrite=True, foreign=lambda folder: None) as output:
+        (output.path / "mine").write_text("new")
     assert (tmp_path / "out/mine").read_text() == "new"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_into_the_target_meanwhile_stays(overwrite: bool, tmp_path: Path) -> None:
+    def convert() -> None:
+        with output_folder(tmp_path / "out", 0, overwrite):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/mine").write_text("of another")
+
+    with pytest.raises(ConvertError, match="holds mine" if overwrite else "exists already"):
+        convert()
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out/mine").read_text() == "of another"
+
+
+def test_overwrite_replaces_earlier_results_of_the_same_direction_alone(tmp_path: Path) -> None:
+    """Each folder that is refused differs from one that is replaced by a single entry."""
+    checkpoint = write_plain(tmp_path / "run/checkpoints/step_00000000", config_of("llama-tied"))
+    model = make_model("llama-tied", tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    (tmp_path / "model/additional_chat_templates").mkdir()
+    (tmp_path / "model/additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    out, back = ToHf(checkpoint, tmp_path / "out", tokenizer=str(tmp_path / "model")), tmp_path / "back"
+    for shards in (10_000, 10**9):
+        convert_to_hf(replace(out, overwrite=True, shard_bytes=shards))
+        convert_from_hf(FromHf(tmp_path / "model", back, overwrite=True))
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()
+
+    def refused(convert: Callable[[], object], folder: Path, entry: str) -> None:
+        before = contents(folder)
+        with pytest.raises(ConvertError) as caught:
+            convert()
+        assert f"{folder}: holds {entry}, which is not of an earlier result" in str(caught.value)
+        assert "remove that folder by hand" in str(caught.value)
+        assert contents(folder) == before
+
+    def export(folder: Path) -> None:
+        convert_to_hf(ToHf(checkpoint, folder, overwrite=True))
+
+    def bring_in(folder: Path) -> None:
+        convert_from_hf(FromHf(tmp_path / "model", folder, overwrite=True))
+
+    for name in ("README.md", ".gitattributes", "metrics.jsonl", "config.yaml", "model.py", "pytorch_model.bin"):
+        for convert, folder in ((export, tmp_path / "out"), (bring_in, back)):
+            (folder / name).write_text("somebody's")
+            refused(partial(convert, folder), folder, name)
+            (folder / name).unlink()
+    for name in (".git", "checkpoints", "wandb", "additional_chat_templates", "hf"):
+        for convert, folder, entry in ((export, tmp_path / "out", name), (bring_in, back, f"{name}/mine")):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / "mine").write_text("somebody's")
+            refused(partial(convert, folder), folder, entry)
+            (folder / name / "mine").unlink()
+            if not any((folder / name).iterdir()):
+                (folder / name).rmdir()
+    model.save_pretrained(tmp_path / "theirs")
+    refused(partial(export, tmp_path / "theirs"), tmp_path / "theirs", "config.json")
+    refused(partial(export, back), back, ".metadata")
+    refused(partial(bring_in, tmp_path / "out"), tmp_path / "out", "additional_chat_templates")
+    shutil.copytree(checkpoint, tmp_path / "saved")
+    refused(partial(bring_in, tmp_path / "saved"), tmp_path / "saved", ".metadata")
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    export(tmp_path / "out")
+    bring_in(back)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "model", "out", "run", "saved", "theirs"]
+
+
+def test_a_foreign_folder_is_refused_before_the_checkpoint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_plain(tmp_path / "checkpoint", config_of("llama-tied"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("years of work")
+
+    def examine(*_: object, **__: object) -> None:
+        raise AssertionError("terabytes would be read")
+
+    monkeypatch.setattr("megasparse.hf.to_hf.examine", examine)
+    with pytest.raises(ConvertError, match=r"out: holds thesis\.tex"):
+        convert_to_hf(ToHf(checkpoint, tmp_path / "out", overwrite=True))
 
 
 def test_an_unreadable_input_is_named(tmp_path: Path) -> None:
