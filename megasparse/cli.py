@@ -144,7 +144,12 @@ def _add_preprocess(commands: Any) -> None:
     parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (the tokenizer's own)")
     parser.add_argument("--no-eod", action="store_true", help="do not end documents with it")
     parser.add_argument("--skip-damaged", action="store_true", help="pass over unreadable documents and count them")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing data set, and the files of a tokenizer that was trained before; a folder with "
+        "anything else in it is refused",
+    )
     parser.set_defaults(run=_preprocess)
 
 

@@ -1,7 +1,7 @@
 """Text -> Megatron `.bin`/`.idx`: one sequence a document, each ended by the end-of-document token.
 
-The result does not depend on the number of workers. Everything is written in a hidden folder beside the
-output and renamed at the end, the index last: a data set that has an `.idx` is complete.
+The result does not depend on the number of workers. Everything is written in hidden folders beside its
+destination and renamed at the end, the index last: a data set that has an `.idx` is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 from megasparse.data.documents import DEFAULT_INCLUDE, Record, find_files, read_documents
 from megasparse.data.errors import DataError
 from megasparse.data.index_file import DatasetWriter
-from megasparse.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from megasparse.data.tokenizer import TRAINED_FILES, TextTokenizer, load_tokenizer, train_tokenizer
 
 _CHUNK_BYTES = 1 << 20
 _CHUNK_DOCUMENTS = 1000
@@ -80,21 +80,20 @@ def preprocess(options: PreprocessOptions, progress: Progress = lambda *_: None)
     existing = [str(path) for path in targets if path.exists()]
     if existing and not options.overwrite:
         raise DataError(f"{', '.join(existing)}: already there; choose another --output or give --overwrite")
+    saved = _tokenizer_output(options)
     files = find_files(options.inputs, options.include, options.exclude, options.shuffle_seed)
     total = sum(file.stat().st_size for file in files)
     result = PreprocessResult()
-    with _working_folder(options.output) as folder:
-        tokenizer, saved = _obtain_tokenizer(options, files, total, folder, progress, result)
-        result.tokenizer = str(saved) if saved else tokenizer.path
+    with _working_folder(options.output) as folder, _tokenizer_folder(saved) as staged:
+        tokenizer = _obtain_tokenizer(options, files, total, staged, progress, result)
+        result.tokenizer = str(staged.target) if staged else tokenizer.path
         result.vocab_size = tokenizer.vocab_size
         dtype = _write(options, files, total, folder, tokenizer, progress, result)
         if result.tokens == 0:
             raise DataError(f"no text in {', '.join(options.inputs)}")
         _describe(folder / "data.json", options, tokenizer, dtype, result)
-        if saved:
-            if saved.exists():
-                shutil.rmtree(saved)
-            os.replace(folder / "tokenizer", saved)
+        if staged:
+            _put_tokenizer(staged)
         targets[2].unlink(missing_ok=True)  # an old index must never stand beside new data
         for target in targets:
             os.replace(folder / f"data{target.suffix}", target)
@@ -109,23 +108,112 @@ def _working_folder(output: Path) -> Iterator[Path]:
     if output.suffix in (".bin", ".idx"):
         raise DataError(f"--output {output}: a prefix is without {output.suffix}; give {output.with_suffix('')}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{output.name}.partial-{socket.gethostname()}-"
-        for old in output.parent.glob(f"{escape(prefix)}*"):
-            process = old.name.removeprefix(prefix)
-            if process.isdigit() and not _alive(int(process)):  # else of a host whose name begins as this one's does
-                shutil.rmtree(old, ignore_errors=True)
-        folder = output.parent / f"{prefix}{os.getpid()}"
-        folder.mkdir()
+        folder = _hidden_folder(output.parent, output.name)
     except OSError as error:
         raise DataError(f"--output {output}: cannot write there ({error.strerror})") from None
     try:
         yield folder
     except OSError as error:  # what reading raises is a DataError already
-        reason = error.strerror or error
-        raise DataError(f"--output {output}: writing failed ({reason}); make room or choose another place") from None
+        raise DataError(_writing_failed("--output", output, error)) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tokenizer_output(options: PreprocessOptions) -> Path | None:
+    """The folder of a tokenizer to be trained. Raises DataError where there is one, unless it is to be replaced, or
+    something else: the tokenizer of a model must stay as its weights know it."""
+    if options.train_vocab_size is None:
+        return None
+    saved = options.tokenizer_output or Path(f"{options.output}-tokenizer")
+    where = f"--tokenizer-output {saved}"
+    if not os.path.exists(saved):
+        return saved
+    if not options.overwrite:
+        raise DataError(f"{where}: already there; use it with --tokenizer {saved}, or give --overwrite")
+    if not saved.is_dir():
+        raise DataError(f"{where}: a file, not a folder; choose another --tokenizer-output")
+    try:
+        names = sorted(os.listdir(saved))
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror}); choose another --tokenizer-output") from None
+    hidden = _hidden_prefix(_staging_name(saved))  # a kill leaves it
+    foreign = [name for name in names if name not in TRAINED_FILES and not name.startswith(hidden)]
+    if foreign:
+        raise DataError(
+            f"{where}: holds {foreign[0]}, so it is not a tokenizer that was trained here, and --overwrite replaces "
+            "nothing else; choose another --tokenizer-output, or remove that folder by hand"
+        )
+    return saved
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A tokenizer to be trained: the hidden folder that it is written into, and the one that was asked for."""
+
+    folder: Path
+    target: Path
+
+
+@contextmanager
+def _tokenizer_folder(saved: Path | None) -> Iterator[_Staged | None]:
+    """A hidden folder on the file system of a tokenizer to be trained, removed at the end: in the folder where there is
+    one, which may be a disk of its own, else beside it."""
+    if saved is None:
+        yield None
+        return
+    place = _real(saved)
+    try:
+        folder = _hidden_folder(place if place.is_dir() else place.parent, _staging_name(saved))
+    except OSError as error:
+        raise DataError(
+            f"--tokenizer-output {saved}: cannot write there ({error.strerror}); choose another place"
+        ) from None
+    try:
+        yield _Staged(folder, saved)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_tokenizer(staged: _Staged) -> None:
+    """Gives a trained tokenizer its name; where its folder is there, each file, so that nothing else in it is lost."""
+    place = _real(staged.target)
+    try:
+        if place.is_dir():
+            for name in TRAINED_FILES:
+                os.replace(staged.folder / name, place / name)
+        else:
+            os.replace(staged.folder, place)
+    except OSError as error:
+        raise DataError(_writing_failed("--tokenizer-output", staged.target, error)) from None
+
+
+def _real(saved: Path) -> Path:
+    return Path(os.path.realpath(saved))  # a link stays, and what it points to may be on another disk
+
+
+def _staging_name(saved: Path) -> str:
+    return f"{_real(saved).name}.tokenizer"
+
+
+def _writing_failed(option: str, path: Path, error: OSError) -> str:
+    return f"{option} {path}: writing failed ({error.strerror or error}); make room or choose another place"
+
+
+def _hidden_prefix(name: str) -> str:
+    return f".{name}.partial-{socket.gethostname()}-"
+
+
+def _hidden_folder(parent: Path, name: str) -> Path:
+    """A fresh hidden folder of this process; those of killed processes are removed. Raises OSError."""
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = _hidden_prefix(name)
+    for old in parent.glob(f"{escape(prefix)}*"):
+        process = old.name.removeprefix(prefix)
+        if process.isdigit() and not _alive(int(process)):  # else of a host whose name begins as this one's does
+            shutil.rmtree(old, ignore_errors=True)
+    folder = parent / f"{prefix}{os.getpid()}"
+    folder.mkdir()
+    return folder
 
 
 def _alive(pid: int) -> bool:
@@ -142,21 +230,20 @@ def _obtain_tokenizer(
     options: PreprocessOptions,
     files: Sequence[Path],
     total: int,
-    folder: Path,
+    staged: _Staged | None,
     progress: Progress,
     result: PreprocessResult,
-) -> tuple[TextTokenizer, Path | None]:
-    """The tokenizer and, where it was trained here, the folder that it will be moved to."""
-    if options.tokenizer is not None:
-        return load_tokenizer(options.tokenizer, options.eod_token), None
+) -> TextTokenizer:
+    """The tokenizer that is named, or one that is trained into `staged`."""
+    if staged is None:
+        assert options.tokenizer is not None
+        return load_tokenizer(options.tokenizer, options.eod_token)
     assert options.train_vocab_size is not None
-    saved = options.tokenizer_output or Path(f"{options.output}-tokenizer")
-    if saved.exists() and not options.overwrite:
-        raise DataError(f"{saved}: already there; use it with --tokenizer {saved}, or give --overwrite")
-    if saved.exists() and not (saved / "tokenizer.json").is_file():
-        raise DataError(f"{saved}: there and not a tokenizer; choose another --tokenizer-output")
     texts = _sample(options, files, total, progress, result)
-    return train_tokenizer(texts, options.train_vocab_size, folder / "tokenizer"), saved
+    try:
+        return train_tokenizer(texts, options.train_vocab_size, staged.folder)
+    except OSError as error:
+        raise DataError(_writing_failed("--tokenizer-output", staged.target, error)) from None
 
 
 def _sample(

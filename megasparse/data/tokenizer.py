@@ -14,6 +14,8 @@ from megasparse.hub import HubError, local_tokenizer
 from megasparse.small_files import read_json
 
 END_OF_DOCUMENT = "<|endoftext|>"
+TRAINED_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""What `TextTokenizer.save` writes of a tokenizer that was trained here."""
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 
 
@@ -58,11 +60,12 @@ class TextTokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def save(self, directory: Path) -> None:
-        """Write a Hugging Face tokenizer directory, which `load_tokenizer` and `AutoTokenizer` read."""
+        """Write a Hugging Face tokenizer directory, which `load_tokenizer` and `AutoTokenizer` read. Raises OSError."""
         directory.mkdir(parents=True, exist_ok=True)
         if self._fast:
             self._backend.encode_special_tokens = False  # a property of how we encode, not of the tokenizer
-            self._backend.save(str(directory / "tokenizer.json"))
+            text = self._backend.to_str(pretty=True)  # its own `save` raises bare Exception where a disk is full
+            (directory / "tokenizer.json").write_text(text, encoding="utf-8")
             self._backend.encode_special_tokens = True
             settings = {
                 "tokenizer_class": "PreTrainedTokenizerFast",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -10,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -449,12 +451,122 @@ def test_tokenizer_mistakes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
         train_tokenizer(iter(["a"]), 256, tmp_path / "small")
     source = write_jsonl(tmp_path / "in.jsonl", ["text"])
     (tmp_path / "data-tokenizer").mkdir()
-    with pytest.raises(DataError, match="data-tokenizer: already there"):
+    with pytest.raises(DataError, match=r"--tokenizer-output .*data-tokenizer: already there"):
         preprocess(PreprocessOptions([str(source)], tmp_path / "data", train_vocab_size=300))
-    with pytest.raises(DataError, match="not a tokenizer"):  # never deletes a folder of something else
-        preprocess(PreprocessOptions([str(source)], tmp_path / "data", train_vocab_size=300, overwrite=True))
     with pytest.raises(DataError, match="either --tokenizer"):
         preprocess(PreprocessOptions([str(source)], tmp_path / "data"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "special_tokens_map.json", "thesis"])
+def test_overwrite_spares_a_folder_with_more_than_a_trained_tokenizer(
+    name: str, tmp_path: Path, tokenizer: TextTokenizer
+) -> None:
+    """With a model's weights its tokenizer stays too: with another one they would be worth nothing."""
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    model = tmp_path / "model"
+    shutil.copytree(tokenizer.path, model)
+    (model / name).write_text("precious")
+    before = contents(tmp_path)
+    options = PreprocessOptions(
+        [str(source)], tmp_path / "out/d", train_vocab_size=300, tokenizer_output=model, overwrite=True
+    )
+
+    def read(*_: object) -> None:
+        raise AssertionError("hours of work")
+
+    with pytest.raises(DataError, match=rf"--tokenizer-output {model}: holds {name}, so it is not a tokenizer"):
+        preprocess(options, read)
+    with pytest.raises(DataError, match=rf"--tokenizer-output {source}: a file, not a folder"):
+        preprocess(replace(options, tokenizer_output=source), read)
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_replaces_a_trained_tokenizer(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    options = PreprocessOptions([str(source)], tmp_path / "d", train_vocab_size=300)
+    preprocess(options)
+    nobody = 2**22 + 1
+    (tmp_path / f"d-tokenizer/.d-tokenizer.tokenizer.partial-{socket.gethostname()}-{nobody}").mkdir()  # of a kill
+    result = preprocess(replace(options, train_vocab_size=310, overwrite=True))
+    assert load_tokenizer(result.tokenizer).vocab_size == result.vocab_size == 310
+    assert sorted(os.listdir(tmp_path / "d-tokenizer")) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(tmp_path)) == ["d-tokenizer", "d.bin", "d.idx", "d.json", "in.jsonl"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "folder", "link"])
+def test_a_tokenizer_on_another_disk(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`here` and `there` stand for disks: no rename leads from one to the other."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    source, asked = write_jsonl(tmp_path / "here/in.jsonl", TEXTS), tmp_path / "there/parent/words"
+    if there == "folder":
+        asked.mkdir(parents=True)
+    elif there == "link":
+        asked = tmp_path / "here/words"
+        asked.symlink_to(tmp_path / "there/words")
+    rename = os.replace
+
+    def within_a_disk(old: Path, new: Path) -> None:
+        if os.path.relpath(old, tmp_path).split("/")[0] != os.path.relpath(new, tmp_path).split("/")[0]:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", within_a_disk)
+    options = PreprocessOptions(
+        [str(source)], tmp_path / "here/d", train_vocab_size=300, tokenizer_output=asked, overwrite=True, workers=2
+    )
+    for size in (300, 310):
+        result = preprocess(replace(options, train_vocab_size=size))
+        assert result.tokenizer == str(asked)
+        assert load_tokenizer(str(asked)).vocab_size == size
+    assert asked.is_symlink() == (there == "link")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name.startswith(".")) == []
+
+
+def test_a_tokenizer_in_the_folder_of_the_data(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    folder = tmp_path / "out"
+    preprocess(PreprocessOptions([str(source)], folder / "d", train_vocab_size=300, tokenizer_output=folder))
+    assert sorted(os.listdir(folder)) == ["d.bin", "d.idx", "d.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_tokenizer_s_place_is_tried_before_the_work(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    asked = source / "words"  # below a file
+
+    def read(*_: object) -> None:
+        raise AssertionError("hours of work")
+
+    options = PreprocessOptions([str(source)], tmp_path / "out/d", train_vocab_size=300, tokenizer_output=asked)
+    with pytest.raises(DataError, match=rf"--tokenizer-output {asked}: cannot write there"):
+        preprocess(options, read)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_too_full_for_the_tokenizer_keeps_the_old_one(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    options = PreprocessOptions([str(source)], tmp_path / "d", train_vocab_size=300)
+    preprocess(options)
+    before = contents(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"--tokenizer-output .*d-tokenizer: writing failed \(File too large\)"):
+            preprocess(replace(options, train_vocab_size=310, overwrite=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == before
+
+
+def test_a_failure_after_training_keeps_the_old_tokenizer(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    options = PreprocessOptions([str(source)], tmp_path / "d", train_vocab_size=300)
+    preprocess(options)
+    source.write_text(source.read_text() + "broken\n")
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"in\.jsonl:7"):
+        preprocess(replace(options, train_vocab_size=310, train_megabytes=1e-5, overwrite=True))
+    assert contents(tmp_path) == before
 
 
 def test_folders_are_filtered_and_ordered(tmp_path: Path) -> None:
