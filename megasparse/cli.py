@@ -126,9 +126,11 @@ def _add_preprocess(commands: Any) -> None:
         "--tokenizer-output", type=Path, metavar="DIR", help="where a trained one goes (PREFIX-tokenizer)"
     )
     parser.add_argument(
-        "--train-megabytes", type=float, default=100.0, metavar="MB", help="text to train it on (%(default)s)"
+        "--train-megabytes", type=_positive, default=100.0, metavar="MB", help="text to train it on (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    parser.add_argument(
+        "--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)"
+    )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or Parquet column (%(default)s)")
     parser.add_argument("--per-line", action="store_true", help="each line of a text file is a document, not the file")
     parser.add_argument(
@@ -164,6 +166,13 @@ def _positive(text: str) -> float:
         if (value := float(text)) > 0:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+
+
+def _count(text: str) -> int:
+    with suppress(ValueError):
+        if (value := int(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
 
 
 def _add_pretrain(commands: Any) -> None:
@@ -276,6 +285,11 @@ def _preprocess(args: argparse.Namespace) -> int:
         print(f"{result.empty:,} empty documents left out")
     if result.damaged:
         print(f"{len(result.damaged):,} damaged documents left out; the first: {result.damaged[0]}")
+    if args.train_tokenizer and result.vocab_size < args.train_tokenizer:
+        print(
+            f"{result.tokenizer}: {result.vocab_size:,} tokens, fewer than the {args.train_tokenizer:,} asked for: "
+            "there is too little text"
+        )
     print(f"In a config: data.blend: {args.output}, data.tokenizer: {result.tokenizer}")
     return 0
 

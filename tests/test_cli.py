@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,13 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert "none.yaml': cannot be read" in capsys.readouterr().err
     assert main("pretrain", "a.yaml", "--training.steps", "5") == 2
     assert "keys of the configuration take no dashes: training.steps=VALUE" in capsys.readouterr().err
+    preprocessing = ("preprocess", "in.txt", "--output", tmp_path / "d", "--train-tokenizer", "300")
+    for option, value in (("--workers", "0"), ("--workers", "-3"), ("--workers", "2.5")):
+        assert main(*preprocessing, option, value) == 2
+        assert f"argument {option}: '{value}' is not a number of 1 or more" in capsys.readouterr().err
+    for value in ("0", "-1", "nan"):
+        assert main(*preprocessing, "--train-megabytes", value) == 2
+        assert f"argument --train-megabytes: '{value}' is not a positive number" in capsys.readouterr().err
     for command in ("preprocess", "evaluate", "report"):
         assert main(command, "--help") == 0
 
@@ -134,6 +142,18 @@ def test_preprocess_from_the_command_line(tmp_path: Path) -> None:
     assert again.stderr.startswith("megasparse: d/text.bin")
     assert "--overwrite" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+def test_a_tokenizer_of_too_little_text_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("some text to tokenise\n" * 50)
+    for size, told in ((260, False), (5000, True)):
+        arguments = ("--output", f"{size}", "--train-tokenizer", f"{size}", "--workers", "1")
+        assert main("preprocess", "in.txt", *arguments) == 0
+        line = rf"^{size}-tokenizer: \d+ tokens, fewer than the 5,000 asked for: there is too little text$"
+        assert bool(re.search(line, capsys.readouterr().out, re.MULTILINE)) == told
 
 
 def test_the_exit_code_of_a_dry_run(
