@@ -145,7 +145,9 @@ def _add_preprocess(commands: Any) -> None:
     parser.add_argument("--shuffle-files", type=int, metavar="SEED", help="shuffle the order of the files")
     parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token (the tokenizer's own)")
     parser.add_argument("--no-eod", action="store_true", help="do not end documents with it")
-    parser.add_argument("--skip-damaged", action="store_true", help="pass over unreadable documents and count them")
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="pass over unreadable documents, not whole files, and count them"
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",

@@ -7,7 +7,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
+from shlex import quote
 
 from megasparse.data.errors import DataError
 from megasparse.data.packed import NOT_READ, PACKED, UNPACKING_ERRORS, explain, inner_suffix, unpacked
@@ -110,7 +112,13 @@ def read_documents(file: Path, text_key: str = "text", per_line: bool = False) -
         else:
             yield from _read_text(file, per_line)
     except UNPACKING_ERRORS as error:
-        raise DataError(f"{file}: cannot be read ({explain(error)})") from None
+        raise _unreadable(file, f"cannot be read ({explain(error)})") from None
+
+
+def _unreadable(file: Path, what: str) -> DataError:
+    """Of a file as a whole, which --skip-damaged does not pass over: nobody could say how many documents are lost."""
+    name = quote(escape(file.name))
+    return DataError(f"{file}: {what}; mend it, or leave it out: in a folder with --exclude {name}")
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
@@ -154,16 +162,20 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[Record]:
     try:
         table = pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{file}: not a Parquet file ({error})") from None
+        raise _unreadable(file, f"not a Parquet file ({error})") from None
     names = table.schema_arrow.names
     if text_key not in names:
         raise DataError(f"{file}: no column {text_key!r} (columns: {', '.join(names)}); choose with --text-key")
     kind = table.schema_arrow.field(text_key).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
         raise DataError(f"{file}: the column {text_key!r} holds {kind}, not strings; choose with --text-key")
     share = file.stat().st_size // max(1, table.metadata.num_rows)
     row = 0
-    for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-        for value in batch.column(0).cast(pa.large_binary()).to_pylist():  # Parquet does not promise UTF-8
-            row += 1
-            yield Record(value, f"{file}, row {row}", share)
+    try:
+        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+            for text in batch.column(0).cast(pa.large_binary()).to_pylist():  # Parquet does not promise UTF-8
+                row += 1
+                yield Record(text, f"{file}, row {row}", share)
+    except pa.ArrowInvalid as error:  # other damage is an OSError
+        raise _unreadable(file, f"cannot be read ({error})") from None

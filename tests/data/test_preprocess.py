@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -176,6 +177,19 @@ def test_every_format_gives_the_same_tokens(tmp_path: Path, tokenizer: TextToken
     assert all(pair == written["jsonl"] for pair in written.values())
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_strings_of_every_arrow_type(kind: pa.DataType, tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """Parquet files name it beside their own schema, and reading follows."""
+    texts = pa.array([*TEXTS, b"damaged \xff"], pa.binary()).view(pa.string())
+    table = pa.table({"text": texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts.cast(kind)})
+    pq.write_table(table, tmp_path / "in.parquet")
+    assert pq.read_schema(tmp_path / "in.parquet").field("text").type == kind
+    options = PreprocessOptions([str(tmp_path / "in.parquet")], tmp_path / "d", tokenizer=tokenizer.path)
+    result = preprocess(replace(options, skip_damaged=True))
+    assert [tokenizer.decode(document[:-1]) for document in read_back(tmp_path / "d")] == TEXTS
+    assert [damage.split(":")[0] for damage in result.damaged] == [f"{tmp_path}/in.parquet, row 7"]
+
+
 def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
     texts = [f"document {i}: " + "lorem ipsum dolor sit amet " * (i % 13) for i in range(3500)]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
@@ -281,6 +295,30 @@ def test_damaged_parquet_and_text(tmp_path: Path, tokenizer: TextTokenizer) -> N
     assert "absent.txt: no such file or folder" in run("absent.txt")
     (tmp_path / "empty.txt").write_text("")
     assert "no text in" in run("empty.txt")
+
+
+@pytest.mark.parametrize("name", ["a b[1].jsonl.gz", "a b[1].jsonl.zst", "head.parquet", "index.parquet"])
+def test_a_damaged_file_can_be_left_out(name: str, tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """As the message says to, after --skip-damaged, which is of documents, did not help."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "good.jsonl", TEXTS)
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": [f"{i % 5}" for i in range(1000)]}), folder / name, compression="none")
+        data = bytearray((folder / name).read_bytes())
+        index = data.index(b"\x88FD")  # the bits of the first rows' places in the dictionary
+        data[index : index + 3] = b"\xff\xff\xff"
+        (folder / name).write_bytes(data[:-20] if name == "head.parquet" else data)
+    else:
+        (folder / name).write_bytes(PACKERS[name.split(".")[-1]](b'{"text": "abc"}\n' * 100)[:-12])
+    options = PreprocessOptions([str(folder)], tmp_path / "d", tokenizer=tokenizer.path, skip_damaged=True)
+    with pytest.raises(DataError) as caught:
+        preprocess(options)
+    assert f"{folder / name}: " in str(caught.value)
+    option, *pattern = shlex.split(str(caught.value).split("in a folder with ")[1])
+    assert option == "--exclude"
+    preprocess(replace(options, exclude=pattern))
+    assert len(read_back(tmp_path / "d")) == len(TEXTS)
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.jsonl.lz4", "a.tgz"])
