@@ -137,8 +137,7 @@ def test_what_a_rank_wrote_cannot_be_read_back(tmp_path: Path, data_folder: Path
 def test_a_rank_sees_no_checkpoints(tmp_path: Path, data_folder: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     data = configuration(tmp_path / "run", str(data_folder / "a"), checkpoint={"resume": "never"})
-    target, function = TRAIN, "megasparse.training.restore.checkpoint_files"
-    for reason in run_distributed(2, target, data, f"{function}.list_checkpoints", {"return_value": []}):
+    for reason in run_distributed(2, TRAIN, data, "megasparse.start_checks.list_checkpoints", {"return_value": []}):
         assert reason.startswith("ConfigError")
         assert "the newest of step 1" in reason
 
