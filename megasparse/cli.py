@@ -320,7 +320,7 @@ def _pretrain(args: argparse.Namespace) -> int:
             raise ConfigError([Problem(option, "is of --dry-run alone", "add --dry-run, or leave it out")])
     loaded = load_with_origins(args.config, args.overrides)
     if args.dry_run:
-        from megasparse.plan_text import print_plan
+        from megasparse.plan.text import print_plan
 
         return int(not print_plan(loaded, args.world_size, args.l0, args.gpu_memory))
     for check in start_checks(loaded.config):

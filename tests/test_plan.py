@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megasparse.config import Config, ConfigError, load_config, load_with_origins, parse_config
-from megasparse.plan import Plan, _in_flight, count_parameters, make_plan, parameters_on_stage
-from megasparse.plan_text import print_plan
+from megasparse.plan import Plan, count_parameters, make_plan, parameters_on_stage
+from megasparse.plan.in_flight import in_flight
+from megasparse.plan.text import print_plan
 from tests.launch import run_distributed
 from tests.test_config import CONFIGS
 
@@ -122,7 +123,7 @@ def test_micro_batches_in_flight_by_hand(
     layout: list[str], micro_batches: int, expected: list[tuple[int, tuple[int, ...]]]
 ) -> None:
     cfg = parse_config(TINY, layout)
-    found = [_in_flight(cfg, stage, micro_batches) for stage in range(cfg.parallel.pipeline)]
+    found = [in_flight(cfg, stage, micro_batches) for stage in range(cfg.parallel.pipeline)]
     assert [(flight.at_once, flight.of_chunk) for flight in found] == expected
 
 

@@ -18,7 +18,7 @@ from megasparse.config import Config, dump_config
 from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.megatron.attention_graphs import AttentionGraphs
-from megasparse.plan_text import not_exportable, opening_line
+from megasparse.plan.text import not_exportable, opening_line
 from megasparse.ranks import StorageError, on_first_rank
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer

@@ -13,7 +13,8 @@ from megasparse.config import Config, ConfigError, LoadedConfig
 from megasparse.data.errors import DataError
 from megasparse.hf.architectures import architecture_of
 from megasparse.hf.errors import ConvertError
-from megasparse.plan import Plan, StageMemory, make_plan
+from megasparse.plan.memory import StageMemory
+from megasparse.plan.plan import Plan, make_plan
 from megasparse.start_checks import start_checks
 
 GIB, MIB = 1 << 30, 1 << 20

@@ -1,8 +1,8 @@
-"""What a configuration amounts to, before anything starts: parameters, layout, batches, memory per GPU.
+"""Memory of one GPU, an estimate.
 
-Memory is an estimate. Weights, gradients and optimizer state are exact up to padding; activations follow
-Korthikanti et al. (arXiv 2205.05198) with a fused attention (no score matrix) and the buffers that the MLP here
-saves; `OVERHEAD`, `COMMUNICATORS` and `PENDING_TRANSFERS` stand for the CUDA context, NCCL and the allocator's slack.
+Weights, gradients and optimizer state are exact up to padding; activations follow Korthikanti et al. (arXiv 2205.05198)
+with a fused attention (no score matrix) and the buffers that the MLP here saves; `OVERHEAD`, `COMMUNICATORS` and
+`PENDING_TRANSFERS` stand for the CUDA context, NCCL and the allocator's slack.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megasparse.config import Config, ConfigError
+from megasparse.config import Config
+from megasparse.plan.in_flight import InFlight, in_flight
+from megasparse.plan.parameters import count_parameters, parameters_on_stage
 
 OVERHEAD = 3 << 30
 """Bytes of a GPU that no tensor of ours holds: CUDA context, libraries, what the allocator keeps. One H200 with
@@ -21,49 +23,6 @@ TP 1.0, CP 1.1, PP 1.8, interleaved 2.2. (All of Megatron's groups set up at onc
 PENDING_TRANSFERS = 34
 """Hidden states that an interleaved pipeline has received and done with, but whose memory PyTorch does not give out
 again before the GPU, which the host is far ahead of, is done with them. Two H200s, PP 2, two chunks: 2.2 GiB."""
-ASSUMED_DENSITY = 0.02
-"""Share of active neurons assumed for `l1.mode: constant`, where the config names no target."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameter counts of the whole model, padded vocabulary included; tied embeddings count once."""
-
-    embedding: int
-    attention_per_layer: int
-    mlp_per_layer: int
-    norms_per_layer: int
-    layers: int
-    final_norm: int
-    output: int
-    """0 where it is tied to the embedding."""
-
-    @property
-    def per_layer(self) -> int:
-        return self.attention_per_layer + self.mlp_per_layer + self.norms_per_layer
-
-    @property
-    def total(self) -> int:
-        return self.embedding + self.layers * self.per_layer + self.final_norm + self.output
-
-
-def count_parameters(cfg: Config) -> Parameters:
-    """Exact counts, as the model is built. Needs the vocabulary size."""
-    model = cfg.model
-    norm = model.hidden_size * (1 if model.normalization == "rmsnorm" else 2)
-    queries = model.num_attention_heads * model.head_width
-    qkv = queries + 2 * model.query_groups * model.head_width
-    qk_norm = 2 * model.head_width * (1 if model.normalization == "rmsnorm" else 2)
-    vocabulary = cfg.padded_vocab_size() * model.hidden_size
-    return Parameters(
-        embedding=vocabulary,
-        attention_per_layer=model.hidden_size * (qkv + queries) + qkv * model.qkv_bias + qk_norm * model.qk_norm,
-        mlp_per_layer=(3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size,
-        norms_per_layer=2 * norm,
-        layers=model.num_layers,
-        final_norm=norm,
-        output=0 if model.tie_embeddings else vocabulary,
-    )
 
 
 @dataclass(frozen=True)
@@ -91,70 +50,10 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + passing + self.overhead
 
 
-@dataclass(frozen=True)
-class Plan:
-    """See the module. Byte counts are per GPU."""
-
-    world_size: int
-    data_parallel: int
-    micro_batches: int
-    """Per data-parallel rank and step."""
-    tokens_per_step: int
-    tokens_total: int
-    layers_per_chunk: int
-    bubble: float
-    """Time that pipeline stages wait in a step, over the time that they work: (p - 1) / (v m)."""
-    parameters: Parameters
-    assumed_l0: float
-    """Active neurons per token of the whole layer."""
-    mlp_saved_dense: int
-    """Bytes that one layer's MLP saves for its backward, per micro-batch."""
-    mlp_saved_sparse: int
-    stages: tuple[StageMemory, ...]
-
-    def worst(self, sparse: bool) -> StageMemory:
-        return max(self.stages, key=lambda stage: stage.total(sparse))
-
-
-def assumed_l0(cfg: Config) -> float:
-    """Active neurons per token, mean over layers: the target; without one an assumption."""
-    l1, width = cfg.sparsity.l1, cfg.model.ffn_hidden_size
-    if l1.mode == "target" and l1.target_l0 is not None:
-        targets = l1.target_l0 if isinstance(l1.target_l0, tuple) else (l1.target_l0,)
-        return sum(targets) / len(targets)
-    return width / 2 if l1.mode == "off" else ASSUMED_DENSITY * width
-
-
-def make_plan(cfg: Config, world_size: int, l0: float | None = None) -> Plan:
-    """Arithmetic for a job of `world_size` ranks. Raises ConfigError where the layout does not fit it."""
-    cfg.validate(world_size)
-    parallel, training = cfg.parallel, cfg.training
-    micro_batches = cfg.num_microbatches(world_size)
-    chunks = parallel.virtual_pipeline or 1
-    tokens_per_step = training.global_batch_size * cfg.data.sequence_length
-    l0 = assumed_l0(cfg) if l0 is None else l0
-    dense, sparse = _mlp_saved(cfg, None), _mlp_saved(cfg, l0)
-    return Plan(
-        world_size=world_size,
-        data_parallel=parallel.data_parallel_size(world_size),
-        micro_batches=micro_batches,
-        tokens_per_step=tokens_per_step,
-        tokens_total=tokens_per_step * training.steps,
-        layers_per_chunk=_chunk_layers(cfg),
-        bubble=(parallel.pipeline - 1) / (chunks * micro_batches),
-        parameters=count_parameters(cfg),
-        assumed_l0=l0,
-        mlp_saved_dense=dense,
-        mlp_saved_sparse=sparse,
-        stages=tuple(
-            _stage(cfg, stage, world_size, micro_batches, dense, sparse) for stage in range(parallel.pipeline)
-        ),
-    )
-
-
-def _stage(
+def stage_memory(
     cfg: Config, stage: int, world_size: int, micro_batches: int, mlp_dense: int, mlp_sparse: int
 ) -> StageMemory:
+    """`micro_batches`: a step's, per data-parallel rank. `mlp_dense`, `mlp_sparse`: `mlp_saved` on either path."""
     parallel, bf16 = cfg.parallel, cfg.training.precision == "bf16"
     count = parameters_on_stage(cfg, stage)
     shards = parallel.data_parallel_size(world_size) * parallel.context if parallel.distributed_optimizer else 1
@@ -162,10 +61,10 @@ def _stage(
     state = 12 if bf16 else 8  # Adam's two fp32 moments; for bf16 weights an fp32 master copy
     first, last = stage == 0, stage == parallel.pipeline - 1
 
-    flight = _in_flight(cfg, stage, micro_batches)
+    flight = in_flight(cfg, stage, micro_batches)
 
     def activations(mlp: int) -> int:
-        total = flight.at_once * _chunk_layers(cfg) * _layer_saved(cfg, mlp)
+        total = flight.at_once * chunk_layers(cfg) * _layer_saved(cfg, mlp)
         if cfg.training.recompute == "full":  # the layer being recomputed holds everything at once
             total += _layer_everything(cfg, mlp)
         if first:
@@ -195,35 +94,6 @@ def _overhead(cfg: Config, world_size: int) -> int:
     return OVERHEAD + pending + sum(COMMUNICATORS[kind] for kind, size in sizes.items() if size > 1)
 
 
-def checkpoint_bytes(cfg: Config) -> int:
-    """Of one checkpoint: weights, fp32 master weights (bf16 only) and two Adam moments; 0 where the size is unknown."""
-    try:
-        return count_parameters(cfg).total * (14 if cfg.training.precision == "bf16" else 12)
-    except ConfigError:  # no vocabulary size, which is told elsewhere
-        return 0
-
-
-def parameters_on_stage(cfg: Config, stage: int) -> int:
-    """Parameters that one rank of a pipeline stage holds: tensor-parallel shards, and whole norms."""
-    parameters, parallel, tensor = count_parameters(cfg), cfg.parallel, cfg.parallel.tensor
-    model = cfg.model
-    queries = model.num_attention_heads * model.head_width
-    whole = parameters.attention_per_layer - model.hidden_size * 2 * (queries + model.query_groups * model.head_width)
-    bias = (queries + 2 * model.query_groups * model.head_width) * model.qkv_bias
-    whole -= bias  # what remains are the norms of queries and keys, which every rank holds
-    sharded = parameters.attention_per_layer - whole + parameters.mlp_per_layer
-    layers = model.num_layers // parallel.pipeline
-    count = layers * (sharded // tensor + whole + parameters.norms_per_layer)
-    if stage == 0:
-        count += parameters.embedding // tensor
-    if stage == parallel.pipeline - 1:
-        count += parameters.final_norm
-        # A tied output on another stage than the embedding is a copy, kept equal by an all-reduce.
-        if not model.tie_embeddings or parallel.pipeline > 1:
-            count += parameters.embedding // tensor
-    return count
-
-
 def _graphs(cfg: Config, flight: InFlight) -> float:
     """Bytes that CUDA graphs keep besides what the attention part of the micro-batches in flight saves.
 
@@ -233,7 +103,7 @@ def _graphs(cfg: Config, flight: InFlight) -> float:
     interleaving) and on layers of 13B and 70B (TP 2).
     """
     captured, tensor = sum(flight.of_chunk), cfg.parallel.tensor
-    idle = (captured - flight.at_once) * _chunk_layers(cfg) * _attention_part(cfg)
+    idle = (captured - flight.at_once) * chunk_layers(cfg) * _attention_part(cfg)
     states = captured * (1.5 + 2 / tensor) + 10.5 / tensor
     weights = count_parameters(cfg).attention_per_layer // tensor  # their gradients
     temporaries = (states * _tokens(cfg) * cfg.model.hidden_size + weights) * _element(cfg)
@@ -248,7 +118,7 @@ def _sent_in_graphs(cfg: Config, captured: int) -> int:
     of keys and values in a forward, four in a backward; two H200s, CP 2."""
     model, tensor = cfg.model, cfg.parallel.tensor
     keys_and_values = 2 * _tokens(cfg) * model.query_groups * model.head_width // tensor * _element(cfg)
-    return 5 * captured * _chunk_layers(cfg) * keys_and_values
+    return 5 * captured * chunk_layers(cfg) * keys_and_values
 
 
 def _fp8_weights(cfg: Config) -> int:
@@ -276,38 +146,12 @@ def _residual(cfg: Config) -> int:
     return _tokens(cfg) // share * cfg.model.hidden_size * _element(cfg)
 
 
-def _chunk_layers(cfg: Config) -> int:
+def chunk_layers(cfg: Config) -> int:
+    """Layers of a model chunk: a stage has one, or `virtual_pipeline` of them."""
     return cfg.model.num_layers // (cfg.parallel.pipeline * (cfg.parallel.virtual_pipeline or 1))
 
 
-@dataclass(frozen=True)
-class InFlight:
-    """Micro-batches between their forward and their backward on one stage, at most."""
-
-    at_once: int
-    """In all chunks together: a micro-batch counts in each chunk that holds its activations."""
-    of_chunk: tuple[int, ...]
-    """In each chunk, whatever the others hold then."""
-
-
-def _in_flight(cfg: Config, stage: int, micro_batches: int) -> InFlight:
-    """Goes through the stage's schedule: 1F1B, or interleaved (Megatron-Core's pipeline_parallel/schedules.py)."""
-    pipeline, chunks = cfg.parallel.pipeline, cfg.parallel.virtual_pipeline or 1
-    before_first_backward = pipeline - stage - 1
-    if chunks > 1:  # chunk by chunk, for groups of as many micro-batches as there are stages
-        before_first_backward = 2 * before_first_backward + (chunks - 1) * pipeline
-    group = pipeline if chunks > 1 else 1
-    held, most, at_once = [0] * chunks, [0] * chunks, 0
-    for turn in range(min(micro_batches * chunks, before_first_backward + 2 * chunks * group)):
-        held[turn // group % chunks] += 1
-        most = [max(pair) for pair in zip(most, held, strict=True)]
-        at_once = max(at_once, sum(held))
-        if turn >= before_first_backward:
-            held[chunks - 1 - (turn - before_first_backward) // group % chunks] -= 1
-    return InFlight(at_once, tuple(most))
-
-
-def _mlp_saved(cfg: Config, l0: float | None) -> int:
+def mlp_saved(cfg: Config, l0: float | None) -> int:
     """Bytes one MLP saves for its backward, per micro-batch, besides its input; `l0` None: the dense path.
 
     Not a formula: the operation runs on tensors without storage, and what autograd keeps is counted.
@@ -367,7 +211,7 @@ def _layer_saved(cfg: Config, mlp: int) -> float:
     training = cfg.training
     everything = _layer_everything(cfg, mlp)
     if training.recompute == "full":
-        share = (training.recompute_layers or _chunk_layers(cfg)) / _chunk_layers(cfg)
+        share = (training.recompute_layers or chunk_layers(cfg)) / chunk_layers(cfg)
         return share * _residual(cfg) + (1 - share) * everything
     if training.recompute == "selective":
         if "mlp" in training.recompute_modules:
