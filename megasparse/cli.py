@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import megasparse
+from megasparse.arguments import count
 from megasparse.hf.commands import add_convert
 from megasparse.hf.generate import add_generate
 from megasparse.host import host_name
@@ -129,7 +130,7 @@ def _add_preprocess(commands: Any) -> None:
         "--train-megabytes", type=_positive, default=100.0, metavar="MB", help="text to train it on (%(default)s)"
     )
     parser.add_argument(
-        "--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)"
+        "--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)"
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or Parquet column (%(default)s)")
     parser.add_argument("--per-line", action="store_true", help="each line of a text file is a document, not the file")
@@ -168,13 +169,6 @@ def _positive(text: str) -> float:
         if (value := float(text)) > 0:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-
-
-def _count(text: str) -> int:
-    with suppress(ValueError):
-        if (value := int(text)) > 0:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
 
 
 def _add_pretrain(commands: Any) -> None:

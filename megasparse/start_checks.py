@@ -16,7 +16,7 @@ def start_checks(cfg: Config) -> list[Callable[[], None]]:
     return [
         partial(check_files, cfg),
         partial(check_directories, cfg),
-        partial(check_space, cfg, checkpoint_bytes(cfg), leftover_bytes(cfg.checkpoint_directory)),
+        lambda: check_space(cfg, checkpoint_bytes(cfg), leftover_bytes(cfg.checkpoint_directory)),
         partial(check_resume, cfg),
     ]
 
@@ -27,8 +27,13 @@ def check_resume(cfg: Config) -> None:
     Raises ConfigError.
     """
     section, root = cfg.checkpoint, cfg.checkpoint_directory
-    found = list_checkpoints(root)
     problem = None
+    try:
+        found = list_checkpoints(root)
+        loads = found or not section.load or may_hold_checkpoint(Path(section.load))
+    except PermissionError as error:
+        rule = f"{error.filename} cannot be read: {error.strerror}"
+        raise ConfigError([Problem("checkpoint", rule, "make it readable")], host_specific=True) from None
     if section.resume == "never" and found:
         rule = f"never, but {root} holds checkpoints (the newest of step {found[0][0]})"
         fix = "choose another run.name or checkpoint.directory, or resume: auto"
@@ -36,7 +41,7 @@ def check_resume(cfg: Config) -> None:
     elif section.resume == "must" and not found:
         rule = f"must, but there is no checkpoint in {root}"
         problem = Problem("checkpoint.resume", rule, "start with resume: auto")
-    elif section.load and not found and not may_hold_checkpoint(Path(section.load)):
+    elif not loads:
         fix = "give a checkpoint, its folder, or a run directory"
         problem = Problem("checkpoint.load", "there is no checkpoint there", fix, section.load)
     if problem is not None:

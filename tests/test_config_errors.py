@@ -230,6 +230,8 @@ import os, sys
 from pathlib import Path
 from megasparse.config import ConfigError, check_directories, check_files, parse_config
 from megasparse.config.inputs import existing_parent
+from megasparse.start_checks import check_resume
+from megasparse.training.checkpoint_files import leftover_bytes
 from tests.test_config import SMALL
 
 folder = sys.argv[1]
@@ -237,7 +239,9 @@ os.chmod(folder, 0o700 if os.getuid() == 0 else 0)
 if os.getuid() == 0:
     os.setuid(65534)
 data = {"data": {"blend": folder + "/text", "tokenizer": folder + "/words"}, "checkpoint": {"load": folder + "/old"}}
-for check, sections in ((check_files, data), (check_directories, {"run": {"directory": folder + "/runs/a"}})):
+run = {"run": {"directory": folder + "/runs/a"}}
+assert leftover_bytes(Path(folder) / "runs" / "a" / "checkpoints") == 0
+for check, sections in ((check_files, data), (check_directories, run), (check_resume, run)):
     try:
         check(parse_config({**SMALL, **sections}))
     except ConfigError as error:
@@ -282,6 +286,7 @@ def test_folders_of_other_users_are_named_as_what_cannot_be_read() -> None:
     for name in ("text.bin", "text.idx", "words", "old"):
         assert f"{folder}/{name} cannot be read: Permission denied" in done.stdout
     assert f"run.directory = '{folder}/runs/a': {folder} is not writable" in done.stdout
+    assert f"{folder}/runs/a/checkpoints cannot be read: Permission denied" in done.stdout
     assert done.stdout.splitlines()[-1] == str(folder)
 
 
@@ -366,3 +371,4 @@ def test_no_room_to_begin_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert text.startswith("run.directory")
     assert f"{tmp_path}/full has 0 GiB free" in text
     assert "checkpoint.directory" not in text
+    check_space(cfg, 1, leftovers=1 << 30)  # on the same disk

@@ -51,7 +51,7 @@ def check_directories(cfg: Config) -> None:
 
 
 LEAST_FREE = 16 << 20
-"""Bytes for metrics, reports and sample indices, to begin with."""
+"""Bytes for metrics and a report, to begin with."""
 
 
 def check_space(cfg: Config, needed: int, leftovers: int = 0) -> None:
@@ -60,16 +60,17 @@ def check_space(cfg: Config, needed: int, leftovers: int = 0) -> None:
     `leftovers`: bytes in the checkpoint directory that the start will free. Raises ConfigError naming the directories.
     """
     problems: dict[Path, Problem] = {}
-    for key, path, what, size, freed in (
-        ("checkpoint.directory", cfg.checkpoint_directory, "a checkpoint takes", needed, leftovers),
-        ("run.directory", cfg.run_directory, "a run begins with", LEAST_FREE, 0),
-        ("logging.directory", cfg.logging_directory, "metrics begin with", LEAST_FREE, 0),
+    of_checkpoints = existing_parent(cfg.checkpoint_directory).stat().st_dev
+    for key, path, what, size in (
+        ("checkpoint.directory", cfg.checkpoint_directory, "a checkpoint takes", needed),
+        ("run.directory", cfg.run_directory, "a run begins with", LEAST_FREE),
+        ("logging.directory", cfg.logging_directory, "metrics begin with", LEAST_FREE),
     ):
         there = existing_parent(path)
         disk = shutil.disk_usage(there)
-        if disk.total > 0 and disk.free + freed < size:  # some file systems do not count
-            free = f"{there} has {(disk.free + freed) / 2**30:.3g} GiB free"
-            rule = f"{what} {size / 2**30:.3g} GiB, and {free}"
+        free = disk.free + (leftovers if there.stat().st_dev == of_checkpoints else 0)
+        if disk.total > 0 and free < size:  # some file systems do not count
+            rule = f"{what} {size / 2**30:.3g} GiB, and {there} has {free / 2**30:.3g} GiB free"
             problems.setdefault(there, Problem(key, rule, "make room, or choose another place", str(path)))
     if problems:
         raise ConfigError(list(problems.values()), host_specific=True)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megasparse.arguments import count
 from megasparse.hf.errors import AccelerateError, GenerateError, first_line
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_generate(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a folder that `convert to-hf` wrote, or a name on the hub")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; - reads the standard input")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="(%(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0 takes the most likely (0)"
     )
@@ -140,9 +141,3 @@ def _report(model: Any, text: Tensor, prompt: int, streamer: Any, dense: bool) -
         mean, hidden = sum(layer.l0 for layer in layers) / len(layers), model.config.intermediate_size
         words += f"; mean L0 {mean:.1f} of {hidden} neurons ({mean / hidden:.1%})"
     print(words, file=sys.stderr)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)

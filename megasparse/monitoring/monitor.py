@@ -184,8 +184,8 @@ class Monitor:
     def _measure(self, state: TrainState, metrics: Metrics) -> dict[str, Value]:
         """Everything that takes measuring, reduced over all ranks. Collective."""
         layers = state.cfg.model.num_layers
-        counted_steps = state.step - state.skipped_steps  # those that `steps_since_fired` can have counted
-        table = self._meter.table(window=max(1, min(state.cfg.sparsity.dead_window_steps, counted_steps)))
+        # `steps_since_fired` can have counted no more than the updates.
+        table = self._meter.table(window=max(1, min(state.cfg.sparsity.dead_window_steps, state.updates)))
         own = [0.0] * dist.get_world_size()
         own[dist.get_rank()] = self._window_own
         energy = (self._energy.read(), float(self._energy.available))

@@ -15,7 +15,7 @@ import yaml
 from megasparse.monitoring.record import Record, last_records
 from megasparse.monitoring.sinks.console import duration
 from megasparse.small_files import read_json
-from megasparse.training.checkpoint_files import LATEST, checkpoint_name, read_latest
+from megasparse.training.checkpoint_files import LATEST, checkpoint_name, read_latest, step_of
 from megasparse.training.heartbeat import HANG_FILE
 from megasparse.training.run_lock import lock_holder
 from megasparse.training.signals import EXIT_DONE, EXIT_FILE
@@ -91,17 +91,18 @@ def status_of(run: Path, now: float) -> Status:
     # A later start that was refused leaves no other word.
     complete = steps is not None and checkpoint == checkpoint_name(steps)
     process, free = _look_at_lock(run)
+    end = _exit(run, last)
     state, reason, nodes = (
         _ask_slurm(job)
         or (("running", process, None) if process else None)
         or _from_files(ends)
-        or _from_exit(run, last)
+        or _from_exit(end)
         or (("done", None, None) if free and complete else None)
         or ("not running" if free else "not known to SLURM", None, None)
     )
     pace = _seconds_a_step(records)
     # Records are written every so many steps; a run that ends, or saves, may be past the last.
-    reached = [last.step if last else None, _exit(run, last).get("step"), _step_of(checkpoint)]
+    reached = [last.step if last else None, end.get("step"), step_of(checkpoint or "")]
     step = max((number for number in reached if number is not None), default=None)
     left = None if step is None or steps is None else max(0, steps - step)
     return Status(
@@ -196,13 +197,13 @@ def _ask_slurm(job: str | None) -> tuple[str, str | None, str | None] | None:
 
 
 def _exit(run: Path, last: Record | None) -> dict[str, Any]:
+    """What a run wrote when it ended, unless it has made steps since."""
     file = run / EXIT_FILE
     return {} if not file.is_file() or (last is not None and file.stat().st_mtime < last.time) else read_json(file)
 
 
-def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None] | None:
-    """What a run without SLURM wrote when it ended, unless it has made steps since."""
-    end = _exit(run, last)
+def _from_exit(end: dict[str, Any]) -> tuple[str, str | None, None] | None:
+    """The same as a state, for a run without SLURM."""
     if not end:
         return None
     if end.get("code") == EXIT_DONE:
@@ -211,10 +212,6 @@ def _from_exit(run: Path, last: Record | None) -> tuple[str, str | None, None] |
     if end.get("requeue"):
         return "stopped", f"{reason} after step {end.get('step')}", None
     return "ended", reason, None
-
-
-def _step_of(checkpoint: str | None) -> int | None:
-    return None if checkpoint is None else int(checkpoint.removeprefix("step_"))
 
 
 def _from_files(ends: list[dict[str, object]]) -> tuple[str, str | None, str | None] | None:

@@ -56,6 +56,11 @@ class TrainState:
     exit_code: int = 0
     """What the process will end with (`training/signals.py`); known in `on_end`."""
 
+    @property
+    def updates(self) -> int:
+        """Steps that made an update."""
+        return self.step - self.skipped_steps
+
 
 class Observer(Protocol):
     """What the loop calls; `Callback` says when."""

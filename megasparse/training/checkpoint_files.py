@@ -160,19 +160,27 @@ def examine(path: Path, share: Callable[[int], bool] = lambda index: True, conte
     return None
 
 
+def step_of(name: str) -> int | None:
+    """Of `checkpoint_name`; None for other names."""
+    match = _NAME.match(name)
+    return int(match.group(1)) if match else None
+
+
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """Step and path of all checkpoints under `root`, newest step first, damaged ones too. Looks into none."""
     if not root.is_dir():
         return []
-    matches = ((_NAME.match(path.name), path) for path in root.iterdir())
-    return sorted(((int(match.group(1)), path) for match, path in matches if match and path.is_dir()), reverse=True)
+    steps = ((step_of(path.name), path) for path in root.iterdir())
+    return sorted(((step, path) for step, path in steps if step is not None and path.is_dir()), reverse=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).exists() or step_of(path.name) is not None
 
 
 def may_hold_checkpoint(path: Path) -> bool:
     """Whether `resolve` has something to look into: a checkpoint, a checkpoint directory, or a run directory."""
-    if (path / MANIFEST).exists() or _NAME.match(path.name):
-        return True
-    return any(list_checkpoints(root) for root in (path, path / "checkpoints"))
+    return _is_checkpoint(path) or any(list_checkpoints(root) for root in (path, path / "checkpoints"))
 
 
 def find_checkpoints(root: Path) -> Iterator[Found]:
@@ -191,7 +199,7 @@ def resolve(path: Path) -> Path:
     Raises:
         CheckpointError: there is no complete checkpoint there.
     """
-    if (path / MANIFEST).exists() or _NAME.match(path.name):
+    if _is_checkpoint(path):
         problem = examine(path)
         if problem is not None:
             raise DamagedError(f"{path} is not a complete checkpoint: {problem}")
@@ -260,7 +268,7 @@ def leftover_bytes(root: Path) -> int:
 
 
 def _leftovers(root: Path) -> list[Path]:
-    if not root.is_dir():
+    if not os.path.isdir(root):  # nor in a folder that cannot be looked into
         return []
     return [path for pattern in (".step_*.partial-*", ".trash-*") for path in root.glob(pattern)]
 

@@ -19,7 +19,7 @@ from megasparse.host import host_name
 from megasparse.megatron import build_model, iter_sparse_mlps
 from megasparse.megatron.attention_graphs import AttentionGraphs
 from megasparse.plan.text import not_exportable, opening_line
-from megasparse.ranks import StorageError, on_first_rank
+from megasparse.ranks import on_first_rank
 from megasparse.training.callbacks import CallbackList, Metrics, Observer, TrainState
 from megasparse.training.checkpoint import Checkpointer
 from megasparse.training.data import StepLoader, data_probes
@@ -39,7 +39,6 @@ from megasparse.training.run_lock import run_lock
 from megasparse.training.schedule import LearningRate
 from megasparse.training.signals import (
     EXIT_DONE,
-    EXIT_ERROR,
     EXIT_NOT_FINITE,
     EXIT_REQUEUE,
     StopReason,
@@ -102,14 +101,14 @@ def train(run: Run) -> StopReason:
             # While steps are skipped the weights may be what is broken: saved at the end alone, beside those before.
             saves = is_due(cfg.checkpoint.interval, state.step, end) and (end or run.skipped_in_a_row == 0)
             # Before the first update there is nothing to keep, and Transformer Engine's Adam has no state to save.
-            saves = saves and state.step > state.skipped_steps
+            saves = saves and state.updates > 0
             if saves:
                 run.heartbeat.at(state.step, "checkpoint")
                 save(run)
             run.checkpointer.poll()
             garbage.after_step(state.step, paused=evaluates or saves)
     if reason == StopReason.NONE or state.step >= cfg.training.steps:
-        if state.step == state.skipped_steps:
+        if state.updates == 0:
             raise NotFiniteError(f"none of the {state.step} steps made an update (each said why), so nothing is saved")
         run.owes_validation = reason != StopReason.NONE and run.datasets.valid is not None
         return StopReason.NONE
@@ -307,10 +306,6 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
                 code, text = EXIT_NOT_FINITE, str(error)
                 if first:
                     log.error(text)
-            except StorageError as error:
-                if first:
-                    write_exit_file(cfg.run_directory, EXIT_ERROR, str(error), run.state.step)
-                raise
             run.heartbeat.at(run.state.step, "checkpoint")
             run.checkpointer.close()
         run.loader.close()
@@ -326,8 +321,7 @@ def pretrain(cfg: Config, callbacks: Sequence[Observer] | None = None) -> int:
         run.state.exit_code = code
         run.callbacks.on_end(run.state)
         if first and code == EXIT_REQUEUE:
-            saved = run.state.step > run.state.skipped_steps
-            goes_on = "goes on from there" if saved else "starts again, as no step made an update"
+            goes_on = "goes on from there" if run.state.updates else "starts again, as no step made an update"
             log.info("stopped (%s) after step %d; the same command %s", text, run.state.step, goes_on)
         if code != EXIT_DONE:
             # torchrun ends all ranks half a minute after the first that left so: not while rank 0 still uploads.

@@ -38,7 +38,6 @@ from megasparse.small_files import write_json
 log = logging.getLogger("megasparse")
 
 EXIT_DONE = 0
-EXIT_ERROR = 1
 EXIT_REQUEUE = 75
 EXIT_NOT_FINITE = 65
 
