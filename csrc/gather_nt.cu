@@ -11,7 +11,8 @@
 // One persistent CTA per SM takes units (token tile, up to three 64-column blocks) from a plan, widest first. Warpgroup 0
 // fills a ring of 40-KB stages: A by TMA, the gathered rows 16 bytes a thread by cp.async, both in the 128-byte swizzle
 // and on one mbarrier. Warpgroups 1 and 2 multiply 64 tokens each and leave bf16 results in shared memory. Warpgroup 3
-// runs the epilogue from there while the next unit is multiplied.
+// runs the epilogue from there while the next unit is multiplied. Without a gate nothing multiplies dh before it is rounded:
+// its L1 gradient, often less than half an ulp of dh, is therefore added to the accumulators (kDhPlain).
 //
 // Union column j of a block goes to row n(j) of B's 64-row tile, n(16 q + 2 i + e) = 8 i + 2 q + e: then lane q of a quad
 // holds the 16 consecutive columns 16 q .. 16 q + 15 of its two accumulator rows, i.e. two whole 16-byte chunks of a
@@ -198,7 +199,9 @@ __device__ __forceinline__ void multiply(float (&acc)[kAccumulators], Shared& s,
   if (signals) mbarrier_arrive(&s.empty[previous]);
 }
 
+template <GatherNtMode kMode>
 __device__ __forceinline__ void consume(const GatherNtParams& p, Shared& s) {
+  constexpr bool kAddsL1 = kMode == GatherNtMode::kDhPlain;  // active is positive there: the sign is 1
   const int group = warp_uniform(threadIdx.x / 128) - 1;  // which 64 tokens of the tile
   const int lane = threadIdx.x % 32, quad_lane = lane & 3;
   const int row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // of the tile; the thread's second row is row + 8
@@ -206,11 +209,21 @@ __device__ __forceinline__ void consume(const GatherNtParams& p, Shared& s) {
   const int steps = static_cast<int>((p.d + kDepth - 1) / kDepth);
   const int units = p.plan[0];
   const bool signals = lane == 0;
+  const float l1_grad = kAddsL1 && p.l1_grad != nullptr ? *p.l1_grad : 0.f;
   RingState<kStages> ring;
   uint32_t parity = 0;
   float acc[kAccumulators];
   for (int index = blockIdx.x; index < units; index += gridDim.x) {
-    const int blocks = load_unit(p, index).blocks;
+    const Unit unit = load_unit(p, index);
+    const int blocks = unit.blocks;
+    uint32_t counted[2];  // of the thread's rows; bytes as they are, for which only a comparison after the product waits
+    if (kAddsL1) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t token = static_cast<int64_t>(unit.tile) * kTokens + row + 8 * half;
+        counted[half] = token >= p.m ? 0 : p.token_mask == nullptr ? 1 : __ldg(p.token_mask + token);
+      }
+    }
     switch (blocks) {
       case 3: multiply<3>(acc, s, ring, steps, group, signals); break;
       case 2: multiply<2>(acc, s, ring, steps, group, signals); break;
@@ -223,11 +236,12 @@ __device__ __forceinline__ void consume(const GatherNtParams& p, Shared& s) {
       if (block < blocks) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          const float l1 = kAddsL1 && counted[half] != 0 ? l1_grad : 0.f;
           uint32_t word[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const float* c = acc + 32 * block + 4 * i + 2 * half;
-            word[i] = pack_bf16(c[0], c[1]);
+            word[i] = kAddsL1 ? pack_bf16(c[0] + l1, c[1] + l1) : pack_bf16(c[0], c[1]);
           }
           uint8_t* to = s.result[block] + half * 1024;
           *reinterpret_cast<uint4*>(to + offset) = make_uint4(word[0], word[1], word[2], word[3]);
@@ -282,6 +296,8 @@ struct Fetched {
     if (kMode != GatherNtMode::kUpOnly) {
       row_ptr = __ldg(p.row_ptr + token);
       base = __ldg(p.base + base_index);
+    }
+    if (kMode == GatherNtMode::kUp || kMode == GatherNtMode::kDh) {
       counted = token < p.m && (p.token_mask == nullptr || __ldg(p.token_mask + token) != 0);
     }
   }
@@ -289,13 +305,12 @@ struct Fetched {
 
 template <GatherNtMode kMode>
 __device__ __forceinline__ void finish(const GatherNtParams& p, Shared& s) {
-  constexpr bool kBackward = kMode == GatherNtMode::kDh || kMode == GatherNtMode::kDhPlain;
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, quad_lane = lane & 3;
   const int row = warp * 32 + lane / 4;  // of the tile; a thread's rows are row + 8 i, i < 4
   const uint32_t offset = swizzle128(row, 2 * quad_lane);
   uint8_t* staging = s.staging[warp] + lane * 16;
   const int units = p.plan[0];
-  const float l1_grad = kBackward && p.l1_grad != nullptr ? *p.l1_grad : 0.f;
+  const float l1_grad = kMode == GatherNtMode::kDh && p.l1_grad != nullptr ? *p.l1_grad : 0.f;
   uint32_t parity = 0;
   for (int index = blockIdx.x; index < units; index += gridDim.x) {
     const Unit unit = load_unit(p, index);
@@ -349,13 +364,13 @@ __device__ __forceinline__ void finish(const GatherNtParams& p, Shared& s) {
           if (position < p.capacity) static_cast<uint16_t*>(p.u_packed)[position] = value;
         }
       } else {
-        const float scale = now.counted ? l1_grad : 0.f;
+        const float scale = kMode == GatherNtMode::kDh && now.counted ? l1_grad : 0.f;
         uint32_t first[8], second[8], hidden[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
           const uint32_t gate = now.g.word[k];
-          const float dh0 = bf16_first(product.word[k]), dh1 = bf16_second(product.word[k]);
           if (kMode == GatherNtMode::kDh) {
+            const float dh0 = bf16_first(product.word[k]), dh1 = bf16_second(product.word[k]);
             const uint32_t up = now.u.word[k];
             hidden[k] = mul_bf16(gate, up);
             const uint32_t sign = sign_bf16(hidden[k]);
@@ -364,7 +379,7 @@ __device__ __forceinline__ void finish(const GatherNtParams& p, Shared& s) {
             second[k] = pack_bf16(total0 * bf16_first(gate), total1 * bf16_second(gate)) & halves[k];
           } else {
             hidden[k] = gate;
-            first[k] = pack_bf16(dh0 + scale, dh1 + scale) & halves[k];
+            first[k] = product.word[k] & halves[k];
           }
         }
         store_chunks(p.g_compact, at, first);
@@ -416,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     produce(p, token_rows, &map_a, s);
   } else if (threadIdx.x < 384) {
     setmaxnreg_increase<152>();
-    consume(p, s);
+    consume<kMode>(p, s);
   } else {
     setmaxnreg_decrease<112>();
     finish<kMode>(p, s);

@@ -20,11 +20,11 @@ enum class GatherNtMode : int {
   kUp = 0,
   // Only u_compact = u where g != 0, 0 elsewhere. g_compact is read and kept.
   kUpOnly = 1,
-  // dh = acc + l1_grad * sign(bf16(g * u)) for counted tokens: g_compact becomes dg = bf16(dh * u), u_compact becomes
-  // du = bf16(dh * g), dg_packed, du_packed and h_packed = bf16(g * u) are written.
+  // dh = bf16(acc) + l1_grad * sign(bf16(g * u)) for counted tokens, in fp32: g_compact becomes dg = bf16(dh * u),
+  // u_compact becomes du = bf16(dh * g), dg_packed, du_packed and h_packed = bf16(g * u) are written.
   kDh = 2,
-  // Non-gated (g_compact holds h): dh = acc + l1_grad for counted tokens: g_compact becomes du = dh where h != 0, du_packed
-  // and h_packed = h are written.
+  // Non-gated (g_compact holds h): dh = bf16(acc + l1_grad) for counted tokens, rounded once: g_compact becomes du = dh
+  // where h != 0, du_packed and h_packed = h are written.
   kDhPlain = 3,
 };
 
