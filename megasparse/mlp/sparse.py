@@ -218,20 +218,22 @@ def _input_gradient(
 
     dx = torch.empty_like(dy)
     dg, du = torch.zeros_like(g), torch.zeros_like(g)
+    wide = sum_dtype(dy.dtype)  # only dg and du are rounded: less than half an ulp of a rounded dh would not add to it
     for rows, positions, neurons in _tiles(lists, natural, tokens):
-        dh = dy[rows] @ w_down[neurons].t()
+        dh = dy[rows].to(wide) @ w_down[neurons].t().to(wide)
         if dl1 is not None:
             sign = torch.sign(h[rows, positions])
             if token_mask is not None:
                 sign = sign.masked_fill(~token_mask[rows].unsqueeze(1), 0)
-            dh += sign * dl1.to(dh.dtype)
+            dh += sign.to(wide) * dl1
         dh = dh.masked_fill(~active[rows, positions], 0)
         gate_rows, up_rows = _split_rows(w_in, hidden, neurons)
         if u is None or up_rows is None:
-            du[rows, positions] = dh
-            dx[rows] = dh @ gate_rows
+            du[rows, positions] = dh.to(du.dtype)
+            dx[rows] = du[rows, positions] @ gate_rows
         else:
-            dg[rows, positions], du[rows, positions] = dh * u[rows, positions], dh * g[rows, positions]
+            dg[rows, positions] = (dh * u[rows, positions]).to(dg.dtype)
+            du[rows, positions] = (dh * g[rows, positions]).to(du.dtype)
             dx[rows] = torch.cat([dg[rows, positions], du[rows, positions]], 1) @ torch.cat([gate_rows, up_rows])
     values = [h, du, dg] if gated else [h, du]
     return [by_position(dx, sequences), *(_fit(pack(value, pattern), entries) for value in values)]
