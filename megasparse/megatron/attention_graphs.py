@@ -294,6 +294,18 @@ def _into(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
             graph.capture_end()
         raise
     graph.capture_end()
+    _give_out_again()
+
+
+def _give_out_again() -> None:
+    """Lets the next capture have the memory that this one has set free.
+
+    What NCCL sent or received point to point (context parallelism) PyTorch gives out again when NCCL's stream is done
+    with it, and asks that when it allocates outside captures: the first time it only records the events to ask for.
+    """
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.empty(1, device="cuda")
 
 
 @contextmanager

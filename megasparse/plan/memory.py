@@ -107,18 +107,7 @@ def _graphs(cfg: Config, flight: InFlight) -> float:
     states = captured * (1.5 + 2 / tensor) + 10.5 / tensor
     weights = count_parameters(cfg).attention_per_layer // tensor  # their gradients
     temporaries = (states * _tokens(cfg) * cfg.model.hidden_size + weights) * _element(cfg)
-    if cfg.parallel.context > 1:
-        temporaries += _sent_in_graphs(cfg, captured)
     return idle + temporaries + captured / len(flight.of_chunk) * _fp8_weights(cfg)
-
-
-def _sent_in_graphs(cfg: Config, captured: int) -> int:
-    """Bytes of keys, values and their gradients that go round the ranks under context parallelism: PyTorch gives the
-    memory of what was sent and received out again when no capture is under way, so every graph keeps its own. One set
-    of keys and values in a forward, four in a backward; two H200s, CP 2."""
-    model, tensor = cfg.model, cfg.parallel.tensor
-    keys_and_values = 2 * _tokens(cfg) * model.query_groups * model.head_width // tensor * _element(cfg)
-    return 5 * captured * chunk_layers(cfg) * keys_and_values
 
 
 def _fp8_weights(cfg: Config) -> int:
