@@ -78,18 +78,13 @@ def fake_outputs(x: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return x.new_empty(x.shape), l1, counts, fired, x.new_empty(w_down.shape[0], dtype=torch.int32)
 
 
-def _hidden_gradient(dy: Tensor, w_down: Tensor, dl1: Tensor | None, token_mask: Tensor | None) -> Tensor:
-    """dy W_down^T with the L1 gradient of active neurons of a layer without a gate (where h > 0), rounded once.
-
-    The product adds it in fp32: added afterwards, to values on bf16's grid, less than half an ulp of them would vanish
-    in every element. With a gate, the product with u or g comes before the rounding (`elementwise.backward`).
-    """
-    if dl1 is None:
+def _hidden_gradient(dy: Tensor, w_down: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy W_down^T [M, H] in `dtype`: that of dy, or fp32."""
+    if dtype == dy.dtype:
         return dy @ w_down.t()
-    by_token = dl1.to(dy.dtype).expand(dy.shape[0])
-    if token_mask is not None:
-        by_token = by_token.masked_fill(~token_mask, 0)
-    return torch.addmm(by_token.unsqueeze(1), dy, w_down.t())
+    if dy.is_cuda:
+        return torch.mm(dy, w_down.t(), out_dtype=dtype)
+    return dy.to(dtype) @ w_down.t().to(dtype)
 
 
 @operator("megasparse::mlp_dense_input_gradient")
@@ -98,9 +93,12 @@ def dense_input_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy [M, D], a from the forward -> dx [M, D], then what the weight gradients need: h [M, H], da like a."""
     hidden = w_down.shape[0]
-    in_product, in_elementwise = (None, dl1) if w_in.shape[0] != hidden else (dl1, None)
-    dh = _hidden_gradient(dy, w_down, in_product, token_mask)
-    h, da = elementwise.backward(a, hidden, dh, in_elementwise, token_mask)
+    # Less than half an ulp of dh, as the L1 gradient often is, would vanish when added to a dh on bf16's grid. With a
+    # gate the product with u or g comes before the next rounding and keeps it on average; without one dh stays wide.
+    # (cuBLAS's own addition, `addmm`, comes after its rounding.)
+    stays_wide = dl1 is not None and w_in.shape[0] == hidden
+    dh = _hidden_gradient(dy, w_down, elementwise.sum_dtype(dy.dtype) if stays_wide else dy.dtype)
+    h, da = elementwise.backward(a, hidden, dh, dl1, token_mask)
     return da @ w_in, h, da
 
 

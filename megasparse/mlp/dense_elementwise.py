@@ -66,24 +66,23 @@ def statistics(active: Tensor, token_mask: Tensor | None, sequences: int) -> tup
 def backward(
     a: Tensor, hidden: int, dh: Tensor, dl1: Tensor | None, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """h [M, H] again, and da like a, from dh [M, H] and the gradient of the L1 sum: None without a gate, where dh has
-    it added already (`dense.dense_input_gradient`)."""
+    """h [M, H] again, and da like a, from dh [M, H] (of a's type or fp32) and the gradient of the L1 sum."""
     if _triton_applies(a):
         from megasparse.mlp import dense_triton
 
         return dense_triton.backward(a, hidden, dh, dl1, token_mask)
     gate, up = split(a, hidden)
     g = torch.relu(gate)
-    inactive = g == 0
-    if up is None:
-        return g, dh.masked_fill(inactive, 0)
-    h = g * up
+    h = g if up is None else g * up
     if dl1 is not None:
         sign = torch.sign(h)
         if token_mask is not None:
             sign = sign.masked_fill(~token_mask.unsqueeze(1), 0)
-        wide = sum_dtype(a.dtype)  # rounded only with the products below
+        wide = sum_dtype(a.dtype)  # rounded once, in da
         dh = dh.to(wide) + sign.to(wide) * dl1
+    inactive = g == 0
+    if up is None:
+        return h, dh.masked_fill(inactive, 0).to(a.dtype)
     da = torch.empty_like(a)
     torch.mul(dh, up, out=da[:, :hidden]).masked_fill_(inactive, 0)
     torch.mul(dh, g, out=da[:, hidden:])

@@ -138,7 +138,7 @@ def backward(
     a: Tensor, hidden: int, dh: Tensor, dl1: Tensor | None, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Same as `dense_elementwise.backward`, for contiguous bf16 or fp32 CUDA tensors with M > 0."""
-    h, da = torch.empty_like(dh), torch.empty_like(a)
+    h, da = a.new_empty(dh.shape), torch.empty_like(a)
     mask = a if token_mask is None else token_mask.contiguous().view(torch.uint8)
     with torch.cuda.device(a.device):
         _backward_kernel[_grid(a, hidden)](
