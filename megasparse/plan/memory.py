@@ -100,13 +100,15 @@ def _graphs(cfg: Config, flight: InFlight) -> float:
     Each chunk has graphs for as many micro-batches as it ever has in flight, which chunks do not have at the same time.
     Their forwards have room for what one layer needs for itself, and 8-bit weights of their own; all backwards have
     such room once. Measured, in hidden states of a micro-batch, on 0.5B (alone, TP 2, PP 2 with and without
-    interleaving) and on layers of 13B and 70B (TP 2).
+    interleaving) and on layers of 13B and 70B (TP 2); what context parallelism adds, in keys and values, on 0.5B (CP 2).
     """
     captured, tensor = sum(flight.of_chunk), cfg.parallel.tensor
     idle = (captured - flight.at_once) * chunk_layers(cfg) * _attention_part(cfg)
     states = captured * (1.5 + 2 / tensor) + 10.5 / tensor
     weights = count_parameters(cfg).attention_per_layer // tensor  # their gradients
     temporaries = (states * _tokens(cfg) * cfg.model.hidden_size + weights) * _element(cfg)
+    if cfg.parallel.context > 1:
+        temporaries += (2 * captured + 4) * _keys_and_values(cfg)
     return idle + temporaries + captured / len(flight.of_chunk) * _fp8_weights(cfg)
 
 
@@ -165,6 +167,12 @@ def mlp_saved(cfg: Config, l0: float | None) -> int:
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes), lambda _: inputs[0]):
             sparse_mlp(*inputs, path="dense" if l0 is None else "sparse", capacity=capacity)
         return sum(kept) - sum(tensor.nbytes for tensor in inputs)
+
+
+def _keys_and_values(cfg: Config) -> int:
+    """Bytes of the keys and values of one layer and micro-batch on one rank."""
+    model = cfg.model
+    return 2 * _tokens(cfg) * model.query_groups * model.head_width // cfg.parallel.tensor * _element(cfg)
 
 
 def _attention_saved(cfg: Config) -> int:
