@@ -59,9 +59,8 @@ class SDPAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         width = config.kv_channels
         assert width is not None
+        # Whatever `apply_query_key_layer_scaling` says: Megatron multiplies by the layer's number again in its softmax.
         self.scale = 1.0 / math.sqrt(width) if softmax_scale is None else softmax_scale
-        if config.apply_query_key_layer_scaling:
-            self.scale /= max(1, layer_number)
         self.cp_size = config.context_parallel_size
         self.cp_group = None
         if self.cp_size > 1:

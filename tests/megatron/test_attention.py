@@ -52,6 +52,16 @@ def test_against_the_formula(mask: str, groups: int) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_scaling_by_layer_changes_nothing() -> None:
+    """Megatron-LM's --apply-query-key-layer-scaling: another order of the same products."""
+    config = dataclasses.replace(transformer_config(make_config()), apply_query_key_layer_scaling=True)
+    attention = SDPAttention(config, 3, AttnMaskType.causal, "self")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(SEQUENCE, 2, 4, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+    ahead = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(attention(q, k, v, None), naive(q, k, v, ahead))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("groups", [16, 4])
