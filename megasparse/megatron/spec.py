@@ -20,6 +20,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -83,7 +84,7 @@ class Layer(GraphedLayer):
     """A layer of `layer_spec`. Refuses what the config asks for and the spec, made before it, lacks.
 
     Raises:
-        ValueError: for queries and keys to be normalised, or experts.
+        ValueError: for queries and keys to be normalised, latent attention, or experts.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -94,6 +95,16 @@ class Layer(GraphedLayer):
                 "the config asks for normalised queries and keys (Megatron-LM: --qk-layernorm), which this layer spec "
                 "lacks: save `from megasparse.megatron import layer_spec; layer = layer_spec(qk_norm=True)` as "
                 "my_spec.py and pass --spec my_spec layer"
+            )
+        if config.qk_l2_norm and not isinstance(norm, L2Norm):
+            raise ValueError(
+                "the config asks for queries and keys of length one (Megatron-LM: --qk-l2-norm), which this layer spec "
+                "lacks"
+            )
+        if config.multi_latent_attention and isinstance(self.self_attention, SelfAttention):
+            raise ValueError(
+                "the config asks for latent attention (Megatron-LM: --multi-latent-attention), of which this layer "
+                "spec has none"
             )
         every = config.moe_layer_freq
         index = self.layer_number - 1
