@@ -286,6 +286,10 @@ def _check(config: TransformerConfig, ffn: int | None, tp: int, is_expert: bool)
             f"cuda_graph_impl {config.cuda_graph_impl} captures the MLP too (Megatron-LM: --cuda-graph-scope attn, or "
             "--cuda-graph-modules attn from 0.19 on, leaves it out)"
         )
+    chunks = getattr(config, "mlp_chunks_for_training", 1)  # from Megatron-Core 0.19 on
+    if chunks > 1:
+        # Without their part of the padding mask, and each would count as a micro-batch in the L1 term's mean.
+        wrong.append(f"mlp_chunks_for_training is {chunks}: Megatron gives it one part of the sequence at a time")
     if config.enable_autocast and config.autocast_dtype != config.params_dtype:
         wrong.append(f"enable_autocast is on with {config.autocast_dtype}, params_dtype being {config.params_dtype}")
     if config.fp8 and config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or ()):

@@ -42,6 +42,13 @@ def test_refuses_other_mlps(change: dict[str, Any], message: str) -> None:
         _check(config, config.ffn_hidden_size, 2, is_expert=False)
 
 
+def test_refuses_parts_of_a_sequence() -> None:
+    config: Any = transformer_config(make_config())
+    config.mlp_chunks_for_training = 2  # a field of Megatron-Core 0.19's
+    with pytest.raises(ValueError, match="mlp_chunks_for_training is 2"):
+        _check(config, config.ffn_hidden_size, 2, is_expert=False)
+
+
 def test_graphs_of_megatron_that_leave_it_out_are_accepted() -> None:
     change = {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "attn"}
     config = dataclasses.replace(transformer_config(make_config()), **change)
