@@ -223,6 +223,8 @@ def _fusable(weight: torch.nn.Parameter) -> bool:
         # The kernels add pairs. Without the distributed optimizer, gradients lie side by side whatever their sizes.
         and main.storage_offset() % 2 == 0
         and hasattr(weight, "grad_added_to_main_grad")
+        # Megatron's FSDP: memory of an earlier micro-batch, which it takes back between this forward and its backward.
+        and not hasattr(weight, "__fsdp_param__")
     )
 
 

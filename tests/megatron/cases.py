@@ -446,15 +446,17 @@ def hybrid_mlp_layer(l1_layers: int, coeff: float) -> tuple[float, float]:
     return float(mlp.linear_fc1.weight.grad.abs().max()), float(mlp.recorder.l1)
 
 
-def where_gradients_go(offset: int) -> list[tuple[bool, bool]]:
+def where_gradients_go(offset: int, fsdp: bool = False) -> list[tuple[bool, bool]]:
     """Of each weight of one SparseMLP whose main gradients begin `offset` elements into their memory: whether they got
-    something, and whether autograd is to bring the gradient."""
+    something, and whether autograd is to bring the gradient. `fsdp`: marked as Megatron's FSDP marks its weights."""
     cfg = make_config()
     start(cfg)
     mlp = next(iter_sparse_mlps(build_model(cfg)))
     for weight in mlp.parameters():
         weight.main_grad = torch.zeros(weight.numel() + offset)[offset:].view_as(weight)
         weight.grad_added_to_main_grad = False
+        if fsdp:
+            weight.__fsdp_param__ = True
     mlp(torch.ones(SEQUENCE, 2, cfg.model.hidden_size))[0].sum().backward()
     return [(bool(weight.main_grad.any()), not weight.grad_added_to_main_grad) for weight in mlp.parameters()]
 

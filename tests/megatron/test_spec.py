@@ -144,6 +144,12 @@ def test_main_gradients_that_the_kernels_cannot_write_are_left_to_autograd(offse
     assert found == [(fused, not fused)] * 2
 
 
+def test_main_gradients_of_fsdp_are_left_to_it() -> None:
+    """It has given `main_grad` of the last micro-batch away, or will have before the backward of this one."""
+    (found,) = run_distributed(1, "tests.megatron.cases:where_gradients_go", 0, True)
+    assert found == [(False, True)] * 2
+
+
 def test_hybrid_mlp_layer_averages_over_its_own_kind() -> None:
     ((one, total),) = run_distributed(1, "tests.megatron.cases:hybrid_mlp_layer", 1, 1e-2)
     ((four, same),) = run_distributed(1, "tests.megatron.cases:hybrid_mlp_layer", 4, 1e-2)
