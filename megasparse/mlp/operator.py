@@ -5,6 +5,7 @@ takes 0.1 to 0.3 ms of the host's time (argument trees, autograd, checks for ali
 much as launching the kernels. Where a GPU's share of a layer is small that is what bounds a training step.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ class Operator:
     """
 
     def __init__(self, name: str, implementation: Implementation, **options: Any) -> None:
+        implementation = _outside_autocast(implementation)
         self.custom = torch.library.custom_op(name, implementation, **options)
         """The operator as PyTorch knows it, to give it a fake and an autograd formula."""
         self._default = implementation
@@ -29,6 +31,7 @@ class Operator:
 
     def register_kernel(self, device_type: str, implementation: Implementation) -> None:
         """Another implementation for a type of device."""
+        implementation = _outside_autocast(implementation)
         self.custom.register_kernel(device_type, implementation)
         self._implementations[device_type] = implementation
 
@@ -36,6 +39,20 @@ class Operator:
         if is_traced(first):
             return self.custom(first, *rest)
         return self._implementations.get(first.device.type, self._default)(first, *rest)
+
+
+def _outside_autocast(implementation: Implementation) -> Implementation:
+    """Under `torch.autocast` an operator's own products would change types that its other steps rely on."""
+
+    @functools.wraps(implementation)
+    def run(first: Tensor, *rest: Any) -> Any:
+        kind = first.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return implementation(first, *rest)
+        with torch.autocast(kind, enabled=False):
+            return implementation(first, *rest)
+
+    return run
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -100,7 +100,7 @@ def _graphs(cfg: Config, flight: InFlight) -> float:
     Each chunk has graphs for as many micro-batches as it ever has in flight, which chunks do not have at the same time.
     Their forwards have room for what one layer needs for itself, and 8-bit weights of their own; all backwards have
     such room once. Measured, in hidden states of a micro-batch, on 0.5B (alone, TP 2, PP 2 with and without
-    interleaving) and on layers of 13B and 70B (TP 2); what context parallelism adds, in keys and values, on 0.5B (CP 2).
+    interleaving) and on layers of 13B and 70B (TP 2); on 0.5B under CP 2 what that adds, in keys and values.
     """
     captured, tensor = sum(flight.of_chunk), cfg.parallel.tensor
     idle = (captured - flight.at_once) * chunk_layers(cfg) * _attention_part(cfg)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megasparse.mlp import sparse_mlp
 from megasparse.mlp.operator import operator
 
 seen: list[str] = []
@@ -58,3 +59,14 @@ def test_compiled_code_and_subclasses_have_the_operator() -> None:
         fake = double(mode.from_tensor(torch.ones(5)), "fake")
     assert fake.shape == (5,)
     assert not seen
+
+
+def test_types_hold_under_autocast() -> None:
+    x, w_in, w_down = (torch.randn(*shape, requires_grad=True) for shape in ((6, 8), (32, 8), (16, 8)))
+    for path in ("dense", "sparse"):
+        results = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = sparse_mlp(x, w_in, w_down, path=path, capacity=6 * 16)
+                results.append([out.y, *torch.autograd.grad(out.y.sum() + out.l1, [x, w_in, w_down])])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
