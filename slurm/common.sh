@@ -32,12 +32,12 @@ attend() {
     return "$code"
 }
 
-# Makes the run save and leave: the loop finds the stop file under any launcher, even where the ranks still start. What
-# a full disk keeps from being written must not end the caller, which waits for the run.
+# Makes this job's run save and leave: its loop finds the file under any launcher, even where the ranks still start. (The
+# file `stop` of the run directory would end the run of another job, while this one waits for it to end.) What a full
+# disk keeps from being written must not end the caller, which waits for the run.
 # shellcheck disable=SC2154
 leave_stop_file() { # SIGNAL
     echo "$1" >"$logs/signalled" || true
-    : >"$run/stop" || true
 }
 
 # Sources a file that is the site's or the user's, who may rely on unset variables being empty; what fails in it ends the

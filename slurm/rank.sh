@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one rank: rank.sh LOGS RUN COMMAND... (started by srun, or by torchrun which srun started).
+# Runs one rank: rank.sh LOGS COMMAND... (started by srun, or by torchrun which srun started).
 #
 # - The rank's output goes to LOGS/rank_00003.log and on to the merged log.
 # - When the rank ends, LOGS/exit/rank_00003 says when, which rank, with which code, on which node: the earliest failure
@@ -12,8 +12,8 @@ set -euo pipefail
 
 # shellcheck source=slurm/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-logs=$1 run=$2
-shift 2
+logs=$1
+shift
 rank=${RANK:-${SLURM_PROCID:-0}}
 name=rank_$(printf '%05d' "$rank")
 

@@ -2,8 +2,9 @@
 
 A run stops early when any rank received SIGTERM, SIGUSR1 (SLURM's `--signal=USR1@120`, preemption), SIGHUP (its
 terminal was closed, unless it was started by nohup) or SIGINT (Ctrl-C; a second one ends it at once), when the time
-limit of the configuration or of the SLURM job is near, or when a file called `stop` appears in the run directory
-(`touch runs/<name>/stop`: for launchers which do not pass signals on, torchrun among them). Every rank reports what it
+limit of the configuration or of the SLURM job is near, when a file called `stop` appears in the run directory
+(`touch runs/<name>/stop`: for launchers which do not pass signals on, torchrun among them), or when the file does that
+the environment names in MEGASPARSE_STOP_FILE (slurm/pretrain.sbatch: one of the job's own). Every rank reports what it
 saw, in the same collective that reduces the loss; so all ranks take the same decision in the same step, save a
 checkpoint and leave.
 
@@ -84,6 +85,7 @@ class StopWatcher:
         self._reason = StopReason.NONE
         self._old: dict[int, object] = {}
         self._stop_file = run_directory / STOP_FILE if run_directory is not None else None
+        self._launcher_file = os.environ.get("MEGASPARSE_STOP_FILE", "")
         self._interrupted = float("inf")
         """When the first Ctrl-C came, in seconds of the monotonic clock."""
         self._deadline = self._job_deadline = float("inf")
@@ -136,7 +138,7 @@ class StopWatcher:
         if time.time() >= self._deadline or self._job_ends():
             reason = max(reason, StopReason.TIME_LIMIT)
         # Not Path.exists, which raises where the file system answers with an error for a moment (ESTALE, EIO).
-        if self._stop_file is not None and os.path.exists(self._stop_file):
+        if self._stop_file is not None and (os.path.exists(self._stop_file) or os.path.exists(self._launcher_file)):
             reason = max(reason, StopReason.STOP_FILE)
         return reason
 

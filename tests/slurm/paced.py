@@ -1,6 +1,7 @@
 """`megasparse ARGUMENTS` that waits before step MEGASPARSE_TEST_HOLD of one attempt of a job (the first, 0).
 
-Each rank writes its process id to RUN/holding.RANK and goes on when RUN/go or RUN/stop is there, or after ten minutes.
+Each rank writes its process id to RUN/holding.RANK and goes on when RUN/go, RUN/stop or what the launcher tells its
+job to stop by is there, or after ten minutes.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def hold_before(step: int) -> None:
             own = directory / f"starting.{rank}"
             own.write_text(str(os.getpid()))
             own.rename(directory / f"holding.{rank}")
+            awaited = (directory / "go", directory / "stop", os.environ.get("MEGASPARSE_STOP_FILE", ""))
             end = time.monotonic() + 600
-            while time.monotonic() < end and not any((directory / name).exists() for name in ("go", "stop")):
+            while time.monotonic() < end and not any(map(os.path.exists, awaited)):
                 time.sleep(0.05)
         return go_on(run, next_step)
 

@@ -241,6 +241,16 @@ def test_a_signal_before_the_first_step_sends_the_job_back_to_the_queue(tmp_path
     assert (end["requeued"], end["reason"]) == (True, "SIGUSR1 before the first step")
 
 
+def test_a_job_that_is_cancelled_while_it_waits_for_another_lets_the_other_train(tmp_path: Path) -> None:
+    """Both have the same run directory; a file `stop` in it would end the one that trains."""
+    slurm = FakeSlurm(tmp_path, srun='kill -TERM $PPID; sleep 0.5; cat "$MEGASPARSE_STOP_FILE"')
+    (tmp_path / "squeue").write_text("#!/bin/bash\necho COMPLETING\n")
+    done = slurm.launch(2, 0, MEGASPARSE_PREFLIGHT="0")
+    assert "not requeued: SIGTERM before the first step; SLURM is ending this job" in done.stdout
+    assert "\nSIGTERM\n" in done.stdout, "what its own ranks look for"
+    assert not (slurm.run / "stop").exists()
+
+
 @pytest.mark.parametrize(
     ("full", "content", "code", "said"),
     [
@@ -269,7 +279,7 @@ def test_a_full_disk_does_not_change_the_code_of_a_rank(tmp_path: Path) -> None:
     """A rank that has saved and leaves must not end those that still write (srun --kill-on-bad-exit)."""
     (tmp_path / "exit").mkdir()
     (tmp_path / "exit" / ".rank_00000").symlink_to("/dev/full")
-    done = bash('bash "$root/slurm/rank.sh" "$1" "$1" bash -c "echo trained; exit 75"', str(tmp_path))
+    done = bash('bash "$root/slurm/rank.sh" "$1" bash -c "echo trained; exit 75"', str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("trained\n")
     assert "exit/rank_00000 cannot be written" in done.stdout

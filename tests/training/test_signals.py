@@ -187,6 +187,16 @@ def test_stop_file_stops_and_is_removed(tmp_path: Path, data_folder: Path, helpe
     assert not (tmp_path / "run" / "stop").exists()
 
 
+def test_the_launcher_s_file_stops_and_is_left_to_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASPARSE_STOP_FILE", str(tmp_path / "signalled"))
+    first, other = StopWatcher(run_directory=tmp_path), StopWatcher()
+    assert first.local_reason() == StopReason.NONE
+    (tmp_path / "signalled").touch()
+    assert (first.local_reason(), other.local_reason()) == (StopReason.STOP_FILE, StopReason.NONE)
+    first.clear_stop_file()
+    assert (tmp_path / "signalled").exists()
+
+
 def test_a_run_that_is_told_to_stop_in_its_last_step_is_done(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     """Requeued, it would wait for its nodes and load its checkpoint for nothing. Nobody would validate it then."""
     run = case(tmp_path, data_folder)
