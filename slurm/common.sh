@@ -52,7 +52,8 @@ source_foreign() {
     set -u +E
 }
 
-# Sources the site file, activates the virtual environment, fills `python` and `srun_arguments`.
+# Sources the site file, activates the virtual environment, fills `python`, `srun_arguments`, `per_node` (ranks) and
+# `cpus` (of a rank).
 set_up() {
     [[ -n ${SLURM_JOB_ID:-} ]] || give_up "this is a batch script: sbatch ${BASH_SOURCE[1]} ..."
     local site=${MEGASPARSE_SITE:-$root/slurm/site.sh}
@@ -82,7 +83,7 @@ set_up() {
     fi
     # srun passes the environment on whatever `sbatch --export` said; one task may use all CPUs of its share.
     per_node=${SLURM_NTASKS_PER_NODE:-1}
-    local cpus=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / per_node))}
+    cpus=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / per_node))}
     ((cpus > 0)) || cpus=1
     srun_arguments+=(--export=ALL "--cpu-bind=${MEGASPARSE_CPU_BIND:-none}" "--cpus-per-task=$cpus")
     unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK # srun gets it as an argument

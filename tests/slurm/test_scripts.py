@@ -241,6 +241,16 @@ def test_a_signal_before_the_first_step_sends_the_job_back_to_the_queue(tmp_path
     assert (end["requeued"], end["reason"]) == (True, "SIGUSR1 before the first step")
 
 
+@pytest.mark.parametrize(("launcher", "cpus"), [("srun", 12), ("torchrun", 96)])
+def test_all_ranks_of_a_node_share_all_its_processors(launcher: str, cpus: int, tmp_path: Path) -> None:
+    """SLURM confines a step to what it asks for; of repeated flags the last counts."""
+    slurm = FakeSlurm(tmp_path, srun='printf "%s\\n" "$@" >arguments; exit 1')
+    settings = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": "96", "MEGASPARSE_LAUNCHER": launcher}
+    slurm.attempt(1, 0, MEGASPARSE_PREFLIGHT="0", **settings)
+    flags = [text for text in (tmp_path / "arguments").read_text().splitlines() if text.startswith("--cpus-per-task=")]
+    assert flags[-1] == f"--cpus-per-task={cpus}"
+
+
 def test_a_job_that_is_cancelled_while_it_waits_for_another_lets_the_other_train(tmp_path: Path) -> None:
     """Both have the same run directory; a file `stop` in it would end the one that trains."""
     slurm = FakeSlurm(tmp_path, srun='kill -TERM $PPID; sleep 0.5; cat "$MEGASPARSE_STOP_FILE"')
