@@ -102,8 +102,8 @@ run_once() {
 set_rendezvous() {
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not head: it may end scontrol by SIGPIPE
-    MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-    MASTER_ADDR=${MASTER_ADDR:-$first}
+    MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p') || MASTER_ADDR=
+    MASTER_ADDR=${MASTER_ADDR:-$first} # a busy controller may not answer
     local try
     for try in 0 1 2 3 4 5 6 7 8 9; do # this script runs on the first node, so it can see which ports are taken
         MASTER_PORT=$((20000 + (SLURM_JOB_ID + try * 997) % 10000))

@@ -101,6 +101,15 @@ def test_ranks_of_thousands_of_nodes_find_the_first(tmp_path: Path) -> None:
         assert (found.returncode, found.stdout) == (0, "10.0.0.1\n"), found.stderr
 
 
+def test_a_controller_that_does_not_answer_ends_no_job(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/bash\n[[ $2 == hostnames ]] && echo n1 || { echo "Unable to contact" >&2; exit 1; }\n')
+    scontrol.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1"}
+    found = bash('source "$root/slurm/common.sh"; set_rendezvous; echo "$MASTER_ADDR"', **environment)
+    assert (found.returncode, found.stdout) == (0, "n1\n"), found.stderr
+
+
 def test_a_site_file_may_be_plain_bash_and_what_fails_in_it_is_named(tmp_path: Path) -> None:
     site = tmp_path / "the site.sh"
     script = 'source "$root/slurm/common.sh"; set_up; echo "$OURS" "${srun_arguments[0]}"; shopt -qo nounset'
