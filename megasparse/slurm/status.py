@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import statistics
@@ -229,7 +230,11 @@ def _read_ends(path: Path) -> list[dict[str, object]]:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    ends = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # half of one, which a full disk left; the next is on the same line
+            ends.append(json.loads(line[max(0, line.rfind('{"time": ')) :]))
+    return ends
 
 
 def _read_config(run: Path) -> dict[str, dict[str, Any]]:

@@ -129,6 +129,16 @@ def test_status_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )  # fmt: skip
 
 
+def test_status_reads_past_what_a_full_disk_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    whole = (tmp_path / "requeues.jsonl").read_text()
+    last = whole.replace("SIGUSR1 after step 5", "SIGTERM after step 9")
+    (tmp_path / "requeues.jsonl").write_text(whole + whole[:60] + last + whole[:60])
+    status = status_of(tmp_path, now=4650.0)
+    assert (status.requeues, status.last_end) == (2, "SIGTERM after step 9")
+
+
 def test_status_of_a_run_that_stopped_without_slurm(tmp_path: Path) -> None:
     write_run(tmp_path)
     shutil.rmtree(tmp_path / "logs")
