@@ -177,7 +177,10 @@ def signals_wait() -> Iterator[None]:
 
 def slurm_job_end() -> float | None:
     """Unix time at which SLURM will end this job, as it says now; None where it does not say."""
-    command = ["squeue", "--noheader", f"--jobs={os.environ.get('SLURM_JOB_ID', '')}", "--format=%e"]
+    job, array = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:  # the id of an array's last task is also that of the whole array
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
     environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)

@@ -181,6 +181,17 @@ def test_a_job_whose_time_limit_was_raised_goes_on(
     assert other.local_reason() == StopReason.NONE, "the first rank's word is all ranks'"
 
 
+def test_the_end_of_an_array_s_last_task_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its id is also that of the array: asked for that, squeue tells of all tasks."""
+    answer = 'date -d @5000000000 +%FT%T; [[ "$*" == *--jobs=7_3* ]] || echo N/A'
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\n{answer}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert signals.slurm_job_end() == 5e9
+
+
 def test_stop_file_stops_and_is_removed(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     result = helper.run(case(tmp_path, data_folder), stop_file_at=3)
     assert_stopped(tmp_path, result, 1, "STOP_FILE", 3)
