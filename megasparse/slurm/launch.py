@@ -127,7 +127,13 @@ def submit(job: Job, directory: Path, after: str | None = None) -> list[tuple[st
         for child in one.then:
             send(child, number)
 
-    send(job, after)
+    try:
+        send(job, after)
+    except LaunchFileError as error:
+        if not submitted:
+            raise
+        jobs = ", ".join(f"{number} ({script})" for number, script in submitted)
+        raise LaunchFileError(f"{error}\nSubmitted before it, and still in the queue: {jobs}") from error
     return submitted
 
 

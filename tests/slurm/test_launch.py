@@ -100,6 +100,21 @@ def test_every_job_of_a_chain_keeps_its_script(tmp_path: Path, monkeypatch: pyte
         submit(job, tmp_path / "file")
 
 
+def test_a_refused_link_of_a_chain_does_not_hide_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who submits the chain again would have two jobs of the same run."""
+    job = read_job(write(tmp_path / "job.yaml", {"job": "pretrain", "name": "a", "then": [{"job": "evaluate"}]}))
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\n[ "$#" = 2 ] && echo 41 || { echo "invalid account" >&2; exit 1; }\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    first, second = (tmp_path / "jobs" / name for name in ("a-pretrain.sbatch", "evaluate-evaluate.sbatch"))
+    with pytest.raises(LaunchFileError) as caught:
+        submit(job, tmp_path / "jobs")
+    assert str(caught.value) == (
+        f"sbatch {second}: invalid account\nSubmitted before it, and still in the queue: 41 ({first})"
+    )
+
+
 def test_the_example_is_valid() -> None:
     assert [child.job for child in read_job(ROOT / "slurm" / "job.example.yaml").then] == ["evaluate", "convert"]
 
