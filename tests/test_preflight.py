@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ import torch.distributed as dist
 import yaml
 
 import megasparse
+from megasparse.config import parse_config
 from megasparse.preflight.compare import GIB, Gathered, compare, culprits, numbers
+from megasparse.preflight.facts import storage
 from megasparse.preflight.network import rounds
 from tests.commands import Commands
 from tests.launch import free_port
@@ -190,6 +193,19 @@ def test_disk_that_cannot_hold_a_checkpoint(commands: Commands, folder: Path) ->
     assert float(found[1]) == pytest.approx(free, rel=0.05)
     parameters = 512 * 3 * 131072 * 1048576
     assert float(found[2]) > parameters * 12 / GIB
+
+
+def test_room_that_the_start_will_make_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of a save leaves most of a checkpoint, which the next start removes."""
+    cfg = parse_config(configuration(tmp_path / "run", "data"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    left = cfg.checkpoint_directory / ".step_00000004.partial-0"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"x" * (1 << 20))
+    written = (left / "__0_0.distcp").stat().st_blocks * 512
+    assert {name: folder["free"] for folder in storage(cfg) for name in folder["names"]} == {
+        "checkpoints": 1000 + written, "run": 1000 + written, "cache": 1000 + written, "shared memory": 1000,
+    }  # fmt: skip
 
 
 def test_directory_that_cannot_be_written(

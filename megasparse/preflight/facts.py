@@ -21,6 +21,7 @@ from megasparse.config import Config, ConfigError, LoadedConfig, check_files, lo
 from megasparse.config.inputs import existing_parent
 from megasparse.host import host_name, installed_version
 from megasparse.monitoring.nvml import open_device
+from megasparse.training.checkpoint_files import leftover_bytes
 from megasparse.training.launch_environment import Launch
 
 Facts = dict[str, Any]
@@ -147,7 +148,10 @@ def _file_hash(path: Path) -> str:
 
 
 def storage(cfg: Config) -> list[dict[str, Any]]:
-    """Free bytes of the directories that a run writes to, after a short write to each. Leaves nothing behind."""
+    """Free bytes of the directories that a run writes to, after a short write to each. Leaves nothing behind.
+
+    What the start of the run will remove counts as free: an attempt that was killed may have left most of a checkpoint.
+    """
     named = {"checkpoints": cfg.checkpoint_directory, "run": cfg.run_directory, "cache": cfg.cache_directory}
     looked: dict[Path, dict[str, Any]] = {}
     for name, path in named.items():
@@ -157,6 +161,10 @@ def storage(cfg: Config) -> list[dict[str, Any]]:
         looked[folder]["names"].append(name)
         if name == "checkpoints":
             looked[folder]["checkpoints"] = len(list(path.glob("step_*")))
+    leftovers = leftover_bytes(cfg.checkpoint_directory)
+    device = existing_parent(cfg.checkpoint_directory).stat().st_dev
+    for folder, found in looked.items():
+        found["free"] += leftovers if folder.stat().st_dev == device else 0
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     return [*looked.values(), {"names": ["shared memory"], "path": "/dev/shm", "free": shared}]
 
