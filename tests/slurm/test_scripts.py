@@ -270,6 +270,19 @@ def test_a_job_that_is_cancelled_while_it_waits_for_another_lets_the_other_train
     assert not (slurm.run / "stop").exists()
 
 
+def test_a_preemption_before_the_first_step_is_no_failure(tmp_path: Path) -> None:
+    """SLURM sends SIGTERM to the ranks alone, which it ends while they start; torchrun sends it to the others of one
+    that failed."""
+    write = "printf '1.%s %s %s n1\\n' $rank $rank {} >\"a run/logs/{}/exit/rank_0000$rank\""
+    preempted = f"for rank in 0 1; do {write.format(143, '1-0')}; done; exit 143"
+    settings = {"MEGASPARSE_PREFLIGHT": "0", "MEGASPARSE_MAX_FAILURES": "1"}
+    end = FakeSlurm(tmp_path, srun=preempted).attempt(1, 0, **settings)
+    assert (end["requeued"], end["reason"]) == (True, "SIGTERM before the first step")
+    failed = f"rank=0; {write.format(143, '2-0')}; rank=1; {write.format(3, '2-0')}; exit 3"
+    end = FakeSlurm(tmp_path, srun=failed).attempt(2, 0, **settings)
+    assert (end["requeued"], end["reason"].partition(";")[0]) == (False, "rank 0 failed with code 143")
+
+
 @pytest.mark.parametrize(
     ("full", "content", "code", "said"),
     [
