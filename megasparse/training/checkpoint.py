@@ -85,6 +85,8 @@ class Checkpointer:
         self._on_saved = on_saved
         self._root = cfg.checkpoint_directory
         self._queue = AsyncCallsQueue() if cfg.checkpoint.async_save else None
+        self._damaged: set[Path] = set()
+        """What `resume` could not load."""
 
     def prepare(self) -> None:
         """Makes the directory and removes what earlier runs left half-written.
@@ -202,8 +204,10 @@ class Checkpointer:
 
     def _publish(self, partial_path: Path, step: int, checksums: dict[str, int], keep_older: bool) -> Path:
         final = publish(partial_path, step, checksums)
+        self._damaged.discard(final)
         if not keep_older:
-            for path in prune(self._root, step, self._cfg.checkpoint.keep_last, self._cfg.checkpoint.keep_every):
+            section = self._cfg.checkpoint
+            for path in prune(self._root, step, section.keep_last, section.keep_every, self._damaged):
                 log.info("checkpoint: removed %s", path)
         log.info("checkpoint: saved %s", final)
         return final
@@ -230,6 +234,7 @@ class Checkpointer:
                     state.resumed_from = item.path
                     return extra
             problems.append(problem)
+            self._damaged.add(item.path)
             if dist.get_rank() == 0:
                 log.warning("checkpoint: DAMAGED, trying the one before: %s", problem)
         if problems:

@@ -20,7 +20,7 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +212,9 @@ def resolve(path: Path) -> Path:
     raise CheckpointError(f"{path}: no complete checkpoint there; give a checkpoint, its folder, or a run directory")
 
 
-def prune(root: Path, newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
+def prune(
+    root: Path, newest: int, keep_last: int, keep_every: int | None, damaged: Collection[Path] = ()
+) -> list[Path]:
     """Removes old checkpoints; only complete ones count as kept, so the last good one always stays.
 
     Args:
@@ -221,13 +223,14 @@ def prune(root: Path, newest: int, keep_last: int, keep_every: int | None) -> li
             load them, though the sizes of their files, all that is looked at here, may be right.
         keep_last: how many.
         keep_every: steps divisible by this stay.
+        damaged: those whose content is known not to be what was written, though the sizes are.
 
     Returns:
         what was removed. Damaged directories are left for the user to look at.
     """
     kept, removed = 0, []
     for step, path in list_checkpoints(root):
-        if step > newest:
+        if step > newest or path in damaged:
             continue
         if kept < max(1, keep_last):
             kept += examine(path) is None

@@ -141,6 +141,19 @@ def test_a_checkpoint_older_than_a_damaged_one_is_kept(tmp_path: Path, data_fold
     assert "resumed from " + str(root / "step_00000006") in result["output"]
 
 
+def test_a_damaged_checkpoint_is_none_of_those_that_are_kept(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
+    """Though the sizes of its files are right: `keep_last` good ones must be there for the next start."""
+    run = configuration(tmp_path / "run", str(data_folder / "a"), checkpoint={"interval": 4, "keep_last": 2})
+    run["training"]["steps"] = 10
+    root = tmp_path / "run" / "checkpoints"
+    assert helper.run(run, kill_after=9)["exit"] == [SIGKILL]
+    shard = next((root / "step_00000008").glob("*.distcp"))
+    shard.write_bytes(bytes(byte ^ 255 for byte in shard.read_bytes()))
+    run["checkpoint"]["interval"] = 5
+    assert helper.run(run)["exit"] == [0]
+    assert [found.step for found in find_checkpoints(root)] == [10, 8, 5]
+
+
 @pytest.mark.parametrize(
     ("asynchronous", "size"), [(False, 1 << 14), (True, 1 << 14), (False, 1 << 12)], ids=["sync", "async", "first file"]
 )
