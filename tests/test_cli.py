@@ -178,6 +178,7 @@ def test_the_exit_code_of_a_dry_run(
         (0, "", "run.directory=old", "checkpoint.resume=must"),
         (1, "checkpoint.load = 'd': there is no checkpoint there", "checkpoint.load=d"),
         (0, "", "checkpoint.load=old"),
+        (0, "", "run.directory=old", "checkpoint.load=removed since"),
         (1, "Too much for 0.001 GiB", "--gpu-memory", "0.001"),
         (2, "training.global_batch_size = 8", "--world-size", "3"),
     ):

@@ -16,7 +16,8 @@ from megasparse.small_files import read_json
 
 
 def check_files(cfg: Config) -> None:
-    """Data, tokenizer and checkpoint must be there, the data whole and made with that tokenizer.
+    """Data and tokenizer must be there, the data whole and made with that tokenizer; so must the checkpoint that a run
+    starts from, where it has none of its own.
 
     Raises ConfigError naming what is not so. Of data sets of other tools, without the `.json` that `megasparse
     preprocess` writes beside them, some tokens are read to see whether the vocabulary has them.
@@ -105,7 +106,8 @@ def _missing_files(cfg: Config) -> Iterator[Problem]:
     if cfg.data.tokenizer and (reason := _unreadable(cfg.data.tokenizer, "no such file")):
         fix = "give a tokenizer.json or a Hugging Face tokenizer directory"
         yield Problem("data.tokenizer", f"{reason} {here}", fix, cfg.data.tokenizer)
-    if cfg.checkpoint.load and (reason := _unreadable(cfg.checkpoint.load, "no such path")):
+    begun = any(cfg.checkpoint_directory.glob("step_*"))  # then the run goes on from its own
+    if cfg.checkpoint.load and not begun and (reason := _unreadable(cfg.checkpoint.load, "no such path")):
         fix = "give a checkpoint or run directory"
         yield Problem("checkpoint.load", f"{reason} {here}", fix, cfg.checkpoint.load)
 
