@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import statistics
 import subprocess
 from dataclasses import asdict, dataclass
@@ -79,7 +80,9 @@ def status_of(run: Path, now: float) -> Status:
     """
     if not (run / "config.yaml").is_file() and not (run / "logs").is_dir():
         raise StatusError(f"{run}: not the directory of a run (no config.yaml, no logs)")
-    logs = _newest_logs(run)
+    process, free = _look_at_lock(run)
+    trains = re.search(r"SLURM job (\d+)", process or "")
+    logs = (_newest_logs(run, trains.group(1)) if trains else None) or _newest_logs(run)
     job = logs.name.rsplit("-", 1)[0] if logs else None
     ends = _read_ends(run / "requeues.jsonl")
     config = _read_config(run)
@@ -91,7 +94,6 @@ def status_of(run: Path, now: float) -> Status:
     checkpoint = read_latest(checkpoints)
     # A later start that was refused leaves no other word.
     complete = steps is not None and checkpoint == checkpoint_name(steps)
-    process, free = _look_at_lock(run)
     end = _exit(run, last)
     state, reason, nodes = (
         _ask_slurm(job)
@@ -161,9 +163,9 @@ def print_status(status: Status) -> None:
         print(f"  log       {status.log}")
 
 
-def _newest_logs(run: Path) -> Path | None:
-    """Of the newest attempt: JOB-ATTEMPT."""
-    directories = [path for path in (run / "logs").glob("*-*") if path.is_dir()]
+def _newest_logs(run: Path, job: str = "*") -> Path | None:
+    """Of the newest attempt (of a job): JOB-ATTEMPT."""
+    directories = [path for path in (run / "logs").glob(f"{job}-*") if path.is_dir()]
     return max(directories, key=lambda path: path.stat().st_mtime, default=None)
 
 

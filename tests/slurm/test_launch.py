@@ -154,6 +154,23 @@ def test_status_reads_past_what_a_full_disk_cut_short(tmp_path: Path, monkeypatc
     assert (status.requeues, status.last_end) == (2, "SIGTERM after step 9")
 
 
+def test_status_is_of_the_job_that_trains_not_of_one_that_was_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path)
+    (tmp_path / "logs" / "78-0").mkdir()
+    os.utime(tmp_path / "logs" / "77-0", (1000, 1000))
+    monkeypatch.setenv("PATH", "")
+    assert status_of(tmp_path, now=4650.0).job == "78"
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(f"process 12 on n1, SLURM job 77 (run directory {tmp_path})\n")
+        lock.flush()
+        status = status_of(tmp_path, now=4650.0)
+    assert (status.job, status.state, status.eta_seconds) == ("77", "running", 180.0)
+    assert status.log == str(tmp_path / "logs" / "77-0" / "job.log")
+
+
 def test_status_of_a_run_that_stopped_without_slurm(tmp_path: Path) -> None:
     write_run(tmp_path)
     shutil.rmtree(tmp_path / "logs")
