@@ -235,8 +235,12 @@ def prune(
         if kept < max(1, keep_last):
             kept += examine(path) is None
         elif not (keep_every and step % keep_every == 0) and examine(path) is None:
-            _remove(path)
-            removed.append(path)
+            try:
+                _remove(path)
+            except OSError as error:  # what was just saved is there: no reason to end the run
+                log.warning("checkpoint: %s cannot be removed (%s)", path, error.strerror)
+            else:
+                removed.append(path)
     return removed
 
 

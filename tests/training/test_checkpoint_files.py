@@ -118,6 +118,23 @@ def test_prune_counts_complete_checkpoints_only(tmp_path: Path) -> None:
     assert [found.step for found in find_checkpoints(tmp_path) if found.problem is None] == [40]
 
 
+def test_what_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody may have made a checkpoint immutable, to keep it."""
+    paths = [write(tmp_path, step) for step in (10, 20, 30)]
+    remove = checkpoint_files._remove
+
+    def refuse(path: Path) -> None:
+        if path == paths[1]:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        remove(path)
+
+    monkeypatch.setattr(checkpoint_files, "_remove", refuse)
+    assert prune(tmp_path, 30, keep_last=1, keep_every=None) == [paths[0]]
+    assert f"{paths[1]} cannot be removed (Operation not permitted)" in caplog.text
+
+
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     kept = write(tmp_path, 10)
     (partial_directory(tmp_path, 20) / "half").write_text("")
