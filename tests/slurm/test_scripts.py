@@ -274,13 +274,25 @@ def test_a_preemption_before_the_first_step_is_no_failure(tmp_path: Path) -> Non
     """SLURM sends SIGTERM to the ranks alone, which it ends while they start; torchrun sends it to the others of one
     that failed."""
     write = "printf '1.%s %s %s n1\\n' $rank $rank {} >\"a run/logs/{}/exit/rank_0000$rank\""
+    settings = {"MEGASPARSE_PREFLIGHT": "0", "MEGASPARSE_MAX_FAILURES": "1", "SLURM_NTASKS_PER_NODE": "2"}
     preempted = f"for rank in 0 1; do {write.format(143, '1-0')}; done; exit 143"
-    settings = {"MEGASPARSE_PREFLIGHT": "0", "MEGASPARSE_MAX_FAILURES": "1"}
     end = FakeSlurm(tmp_path, srun=preempted).attempt(1, 0, **settings)
     assert (end["requeued"], end["reason"]) == (True, "SIGTERM before the first step")
     failed = f"rank=0; {write.format(143, '2-0')}; rank=1; {write.format(3, '2-0')}; exit 3"
     end = FakeSlurm(tmp_path, srun=failed).attempt(2, 0, **settings)
     assert (end["requeued"], end["reason"].partition(";")[0]) == (False, "rank 0 failed with code 143")
+    lost = f"rank=0; {write.format(143, '3-0')}; exit 143"  # of rank 1's end nothing is known: its node may have died
+    end = FakeSlurm(tmp_path, srun=lost).attempt(3, 0, **settings)
+    assert (end["requeued"], end["reason"].partition(";")[0]) == (False, "rank 0 failed with code 143")
+
+
+def test_another_attempt_goes_on_whatever_the_run_says_of_checkpoints(tmp_path: Path) -> None:
+    """`checkpoint.resume: never` is meant for those of other jobs."""
+    slurm = FakeSlurm(tmp_path, srun='printf "%s\\n" "$@" >arguments; exit 1')
+    for attempt in (0, 1):
+        slurm.attempt(1, attempt, MEGASPARSE_PREFLIGHT="0")
+        arguments = (tmp_path / "arguments").read_text().splitlines()
+        assert arguments[-1] == ("checkpoint.resume=auto" if attempt else "config.yaml")
 
 
 @pytest.mark.parametrize(
