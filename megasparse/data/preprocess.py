@@ -82,6 +82,7 @@ def preprocess(options: PreprocessOptions, progress: Progress = lambda *_: None)
         raise DataError(f"{', '.join(existing)}: already there; choose another --output or give --overwrite")
     saved = _tokenizer_output(options)
     files = find_files(options.inputs, options.include, options.exclude, options.shuffle_seed)
+    _spare_inputs(existing, files)
     total = sum(file.stat().st_size for file in files)
     result = PreprocessResult()
     with _working_folder(options.output) as folder, _tokenizer_folder(saved) as staged:
@@ -98,6 +99,15 @@ def preprocess(options: PreprocessOptions, progress: Progress = lambda *_: None)
         for target in targets:
             os.replace(folder / f"data{target.suffix}", target)
     return result
+
+
+def _spare_inputs(existing: Sequence[str], files: Sequence[Path]) -> None:
+    """Raises DataError where a file to be replaced is an input: `corpus.json` is, with an output of `corpus`."""
+    replaced = {(found.st_dev, found.st_ino) for found in map(os.stat, existing)}
+    for file in files if replaced else ():
+        found = file.stat()
+        if (found.st_dev, found.st_ino) in replaced:
+            raise DataError(f"{file}: is an input, and the output would replace it; choose another --output")
 
 
 @contextmanager

@@ -352,6 +352,17 @@ def test_existing_output_is_kept(tmp_path: Path, tokenizer: TextTokenizer) -> No
     assert texts == ["second", "third"]
 
 
+def test_an_input_is_not_overwritten(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """OUTPUT.json, the counts, has the name that a corpus may have."""
+    source = write_jsonl(tmp_path / "corpus.json", TEXTS)
+    before = contents(tmp_path)
+    options = PreprocessOptions([str(source)], tmp_path / "corpus", tokenizer=tokenizer.path, overwrite=True)
+    for inputs in ([str(source)], [str(tmp_path)]):
+        with pytest.raises(DataError, match=r"corpus\.json: is an input, and the output would replace it"):
+            preprocess(replace(options, inputs=inputs, include=["*.json"]))
+    assert contents(tmp_path) == before
+
+
 def test_failed_overwrite_keeps_the_old_data(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["first"])
     preprocess(PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path))
