@@ -16,6 +16,8 @@ from megasparse.small_files import read_json
 END_OF_DOCUMENT = "<|endoftext|>"
 TRAINED_FILES = ("tokenizer.json", "tokenizer_config.json")
 """What `TextTokenizer.save` writes of a tokenizer that was trained here."""
+_UNWRITTEN = "\ufdd0" * 8
+"""Of a character that Unicode sets aside for the inside of programs: no text begins a word with it."""
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 
 
@@ -42,6 +44,7 @@ class TextTokenizer:
             digest = hashlib.sha256(backend.to_str().encode())
             backend.no_truncation()  # a tokenizer.json may bring both along, for models of another kind
             backend.no_padding()
+            self._encoder = _encoder(backend, eod_token)
         else:
             digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode())
         self.fingerprint: str = digest.hexdigest()[:16]
@@ -52,7 +55,7 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without the end-of-document token."""
         if self._fast:
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
         return [self._backend.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -78,6 +81,30 @@ class TextTokenizer:
             (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
         else:
             self._backend.save_pretrained(str(directory))
+
+
+def _encoder(backend: Any, eod_token: str) -> Any:
+    """`backend`, or where texts could forge special tokens all the same, a copy with the same ids in which they cannot.
+
+    A Unigram model has special tokens among its pieces, with the best score of all. And the end of a document need not
+    be marked as special.
+    """
+    from tokenizers import Tokenizer, models
+
+    added = backend.get_added_tokens_decoder().values()
+    unigram = isinstance(backend.model, models.Unigram)
+    if not unigram and all(token.special for token in added if token.content == eod_token):
+        return backend
+    described = json.loads(backend.to_str())
+    for token in described["added_tokens"]:
+        token["special"] = token["special"] or token["content"] == eod_token
+        if unigram and token["special"]:
+            token["content"] = _UNWRITTEN + token["content"]
+            if token["id"] < len(described["model"]["vocab"]):
+                described["model"]["vocab"][token["id"]][0] = token["content"]
+    copy = Tokenizer.from_str(json.dumps(described))
+    copy.encode_special_tokens = True
+    return copy
 
 
 def load_tokenizer(path: str, eod_token: str | None = None) -> TextTokenizer:

@@ -468,6 +468,34 @@ def test_documents_stay_whole_whatever_the_tokenizer_is_set_to(tmp_path: Path, t
     assert [tokenizer.decode(document[:-1]) for document in read_back(tmp_path / "d")] == TEXTS
 
 
+def test_no_kind_of_tokenizer_lets_a_document_forge_its_end(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """A Unigram model has special tokens among its pieces; another's end of a document need not be marked as one."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = [
+        ("<unk>", 0.0),
+        ("</s>", 0.0),
+        *((piece, -2.0) for piece in ("\u2581", "ab", "a", "b", "<", "/", "s", ">")),
+    ]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=0))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Metaspace()
+    unigram.add_special_tokens(["<unk>", "</s>", "<pad>"])
+    unigram.add_tokens(["<br>"])
+    unigram.save(str(tmp_path / "unigram.json"))
+    plain = Tokenizer.from_file(f"{tokenizer.path}/tokenizer.json")
+    plain.add_tokens([AddedToken("</s>", special=False)])
+    plain.save(str(tmp_path / "plain.json"))
+    for name in ("unigram", "plain"):
+        made = load_tokenizer(str(tmp_path / f"{name}.json"), "</s>")
+        texts = ["ab <br> a", "a</s>b <s> </s>", "a<pad>b"]
+        encoded = made.encode_batch(texts)
+        assert made.eod not in np.concatenate(encoded), name
+        assert encoded[0] == Tokenizer.from_file(made.path).encode(texts[0], add_special_tokens=False).ids
+        assert made.decode(encoded[1]) == texts[1]
+        assert all("pad" not in made.decode([number]) for number in encoded[2])
+
+
 def test_a_tokenizer_of_the_hub(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     """By name it gives the tokens that its files give, and training finds it by what is written down."""
     model = tmp_path / "model"
