@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -100,8 +101,8 @@ def read_documents(file: Path, text_key: str = "text", per_line: bool = False) -
     """Documents of one file, by its suffix.
 
     `.jsonl`: one JSON object a line. `.parquet`: one row. Else plain text: the whole file, or each line where
-    `per_line`. Packed files (`packed.PACKED`) are unpacked. Raises DataError, naming file and line, for what cannot
-    be read.
+    `per_line`, without the byte order mark that some editors put at the beginning. Packed files (`packed.PACKED`) are
+    unpacked. Raises DataError, naming file and line, for what cannot be read.
     """
     kind = inner_suffix(file)
     try:
@@ -129,6 +130,8 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
         for number, line in enumerate(stream, 1):
             used = len(line) if stream is packed else packed.tell() - before
             before += used
+            if number == 1:
+                line = line.removeprefix(BOM_UTF8)
             yield number, line.rstrip(b"\r\n"), used
 
 
@@ -145,7 +148,7 @@ def _read_text(file: Path, per_line: bool) -> Iterator[Record]:
                 yield Record(line, f"{file}:{number}", used)
         return
     with open(file, "rb") as packed:
-        yield Record(unpacked(file, packed).read(), str(file), file.stat().st_size)
+        yield Record(unpacked(file, packed).read().removeprefix(BOM_UTF8), str(file), file.stat().st_size)
 
 
 def _decode(data: bytes, where: str) -> str:

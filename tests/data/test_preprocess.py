@@ -674,6 +674,17 @@ def test_text_by_line(tmp_path: Path) -> None:
     assert [record.where for record in records] == [f"{path}:1", f"{path}:3", f"{path}:4"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    """Editors of Windows put one at the beginning of a file of UTF-8."""
+    text = '{"text": "one"}\n' if name == "a.jsonl" else "one"
+    content = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for per_line in (False, True):
+        records = read_documents(tmp_path / name, per_line=per_line)
+        assert [record.text("text") for record in records] == ["one"]
+
+
 def test_an_output_is_named_without_the_ending(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     with pytest.raises(DataError, match=r"a prefix is without \.bin; give .*/corpus$"):
