@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-NOT_READ = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".lzma", ".lz", ".br", ".Z")
+NOT_READ = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".lzma", ".lz", ".br", ".z")
 """Archives, and what is packed in other ways. As text a tar archive may well pass for UTF-8."""
 
 UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -19,19 +19,21 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def inner_suffix(file: Path) -> str:
-    """The suffix of what a file holds: `.jsonl` of `a.jsonl` and of `a.jsonl.zst`."""
-    return Path(file.stem).suffix if file.suffix in PACKED else file.suffix
+    """The suffix of what a file holds, in small letters: `.jsonl` of `a.jsonl`, `a.jsonl.zst` and `A.JSONL`."""
+    name = Path(file.name.lower())
+    return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
 
 
 def unpacked(file: Path, stream: BinaryIO) -> BinaryIO:
     """The content of `stream`, which is `file` opened. Several packed one after the other are read as one."""
-    if file.suffix == ".gz":
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=stream))
-    if file.suffix == ".bz2":
+    if suffix == ".bz2":
         return cast(BinaryIO, bz2.BZ2File(stream))
-    if file.suffix == ".xz":
+    if suffix == ".xz":
         return cast(BinaryIO, lzma.LZMAFile(stream))
-    if file.suffix == ".zst":
+    if suffix == ".zst":
         import pyarrow as pa  # Python's own from 3.14 on
 
         return io.BufferedReader(pa.CompressedInputStream(stream, "zstd"))

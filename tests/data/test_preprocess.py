@@ -321,11 +321,11 @@ def test_a_damaged_file_can_be_left_out(name: str, tmp_path: Path, tokenizer: Te
     assert len(read_back(tmp_path / "d")) == len(TEXTS)
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.jsonl.lz4", "a.tgz"])
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.jsonl.lz4", "a.tgz", "A.TAR.GZ", "a.txt.Z"])
 def test_what_is_not_unpacked_is_refused(name: str, tmp_path: Path, tokenizer: TextTokenizer) -> None:
     """A tar archive of texts is valid UTF-8: it would be learned with its headers."""
     source = tmp_path / name
-    source.write_bytes(gzip.compress(b"text") if name.endswith("gz") else b"text")
+    source.write_bytes(gzip.compress(b"text") if name.lower().endswith("gz") else b"text")
     with pytest.raises(DataError, match=rf"{name}: not read as it is packed; unpack it.*\.zst"):
         preprocess(PreprocessOptions([str(source)], tmp_path / "data", tokenizer=tokenizer.path))
 
@@ -672,6 +672,17 @@ def test_text_by_line(tmp_path: Path) -> None:
     records = list(read_documents(path, per_line=True))
     assert [record.text("text") for record in records] == ["one", "two", "three"]
     assert [record.where for record in records] == [f"{path}:1", f"{path}:3", f"{path}:4"]
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "A.JSONL.GZ", "a.Json.gz", "A.PARQUET"])
+def test_a_file_is_known_by_its_name_in_capitals_too(name: str, tmp_path: Path) -> None:
+    """As text, JSON lines would be learned with their braces and keys, without a word."""
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    if name == "A.PARQUET":
+        pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    assert [record.text("text") for record in read_documents(tmp_path / name)] == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
