@@ -41,9 +41,9 @@ class TextTokenizer:
         self.eod: int = vocabulary[eod_token]
         if self._fast:
             backend.encode_special_tokens = True
-            digest = hashlib.sha256(backend.to_str().encode())
             backend.no_truncation()  # a tokenizer.json may bring both along, for models of another kind
             backend.no_padding()
+            digest = hashlib.sha256(backend.to_str().encode())
             self._encoder = _encoder(backend, eod_token)
         else:
             digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode())

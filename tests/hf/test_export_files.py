@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megasparse.data.tokenizer import load_tokenizer
 from megasparse.hf.errors import ConvertError
 from megasparse.hf.megatron_files import CheckpointReader
 from megasparse.hf.to_hf import ToHf, convert_to_hf
@@ -104,6 +105,18 @@ def test_the_file_that_is_named_is_the_tokenizer_whatever_lies_beside_it(checkpo
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     convert_to_hf(ToHf(checkpoint, tmp_path / "out", tokenizer=str(write_tokenizer(folder / "second.json", 60))))
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 60
+
+
+def test_data_made_with_the_tokenizer_is_data_of_the_export(checkpoint: Path, tmp_path: Path) -> None:
+    """Also where the tokenizer.json says that texts are to be cut and padded, which neither preprocessing nor the
+    export takes from it."""
+    source = write_tokenizer(tmp_path / "tokenizer.json", 60)
+    backend = Tokenizer.from_file(str(source))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    backend.save(str(source))
+    convert_to_hf(ToHf(checkpoint, tmp_path / "out", tokenizer=str(source)))
+    assert load_tokenizer(str(tmp_path / "out")).fingerprint == load_tokenizer(str(source)).fingerprint
 
 
 def test_an_interrupted_export_goes_on(checkpoint: Path, tmp_path: Path) -> None:
