@@ -192,6 +192,11 @@ def test_mlp_saved_bytes_are_those_of_the_operation(gated: bool, density: float)
         assert sum(kept.values()) == expected
 
 
+def test_one_chunk_a_stage_is_no_interleaving() -> None:
+    one = memory(["parallel.pipeline=2", "parallel.virtual_pipeline=1"], world_size=2)
+    assert one.stages == memory(["parallel.pipeline=2"], world_size=2).stages
+
+
 def test_batches_and_layout() -> None:
     plan = memory(["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.tensor=2"], world_size=8)
     assert (plan.data_parallel, plan.micro_batches, plan.layers_per_chunk) == (2, 4, 1)

@@ -90,7 +90,7 @@ def _overhead(cfg: Config, world_size: int) -> int:
     parallel = cfg.parallel
     data = parallel.data_parallel_size(world_size)
     sizes = {"data": data, "tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline}
-    pending = PENDING_TRANSFERS * _residual(cfg) if parallel.virtual_pipeline else 0
+    pending = PENDING_TRANSFERS * _residual(cfg) if (parallel.virtual_pipeline or 1) > 1 else 0
     return OVERHEAD + pending + sum(COMMUNICATORS[kind] for kind, size in sizes.items() if size > 1)
 
 
