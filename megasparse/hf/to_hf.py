@@ -61,7 +61,6 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     """
     source = open_checkpoint(options.checkpoint)
     model, vocab_size = source.model, source.vocab_size
-    architecture = architecture_of(model)
     dtype = source.reader.dtype(source.weights[0]) if options.dtype == "auto" else DTYPES[options.dtype]
     notes = []
     tokenizer = _tokenizer(source, options)
@@ -69,8 +68,8 @@ def convert_to_hf(options: ToHf, progress: Progress = lambda done, total: None) 
     if tokenizer is None and not options.no_tokenizer:
         notes.append("no tokenizer: the run names none (data.tokenizer); give it with --tokenizer PATH")
 
-    if architecture.model_type == "qwen2" and tokenizer is not None and not suits_qwen2(tokenizer):
-        architecture = architecture_of(model, qwen2_tokenizer=False)
+    architecture, instead_of_qwen2 = _architecture(source, tokenizer)
+    if instead_of_qwen2:
         notes.append(
             f"{architecture.class_name} with biases, not Qwen2ForCausalLM: of Qwen2 models transformers reads every "
             "tokenizer as Qwen2's, which this one is not"
@@ -137,7 +136,8 @@ def check(options: ToHf) -> ToHf:
     check_target(options.output, options.overwrite, _inputs(source, tokenizer), foreign_to_export)
     if tokenizer is not None:
         with TemporaryDirectory() as folder:
-            write_tokenizer(tokenizer, source.vocab_size, Path(folder), architecture_of(source.model).model_type)
+            architecture, _ = _architecture(source, tokenizer)
+            write_tokenizer(tokenizer, source.vocab_size, Path(folder), architecture.model_type)
     return replace(options, tokenizer=None if tokenizer is None else str(tokenizer))
 
 
@@ -199,6 +199,14 @@ def _fingerprint(source: Source, options: ToHf, dtype: torch.dtype, tokenizer: P
 def _tokenizer(source: Source, options: ToHf) -> Path | None:
     name = None if options.no_tokenizer else options.tokenizer or source.tokenizer
     return None if name is None else find_tokenizer(name)
+
+
+def _architecture(source: Source, tokenizer: Path | None) -> tuple[Architecture, bool]:
+    """That of the export, and whether the tokenizer has it take the place of Qwen2. Raises ConvertError for none."""
+    architecture = architecture_of(source.model)
+    if architecture.model_type != "qwen2" or tokenizer is None or suits_qwen2(tokenizer):
+        return architecture, False
+    return architecture_of(source.model, qwen2_tokenizer=False), True
 
 
 def _inputs(source: Source, tokenizer: Path | None) -> tuple[Path, ...]:

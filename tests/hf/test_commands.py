@@ -160,6 +160,12 @@ def test_push_fails_before_the_export(tmp_path: Path, commands: Commands) -> Non
     raw = config_of("llama-tied")
     checkpoint = write_plain(tmp_path / "checkpoint", raw)
     without_tokenizer = write_plain(tmp_path / "moved", {**raw, "data": {**raw["data"], "tokenizer": "moved/away"}})
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer")
+    raw = config_of("qwen2")  # with another tokenizer; and Llama, which takes its place then, wants other sizes
+    raw["data"]["tokenizer"] = str(tmp_path / "tokenizer")
+    raw["model"].update(hidden_size=34, kv_channels=8)
+    nowhere = write_plain(tmp_path / "odd", raw)
     (tmp_path / "kept").mkdir()
     with Hub() as hub:
         right, out = {"HF_TOKEN": hub.token}, tmp_path / "out"
@@ -175,6 +181,7 @@ def test_push_fails_before_the_export(tmp_path: Path, commands: Commands) -> Non
                 right,
                 "tokenizer moved/away: neither a tokenizer here nor one that could be downloaded",
             ),
+            (nowhere, out, "some/model", right, "LlamaForCausalLM needs hidden_size (34) to be a multiple"),
             (checkpoint, tmp_path / "kept", "some/model", right, "kept: exists already"),
         ]
 
