@@ -164,6 +164,8 @@ def test_single_keys(tmp_path: Path, line: str, words: list[str]) -> None:
         (["data.blend=a", "data.train=b"], ["use blend with split, or train, valid and test"]),
         (["data.valid=b"], ["data.train", "give a blend for training"]),
         (["data.split=1,2"], ["data.split = '1,2'", '"969,30,1"']),
+        (["data.split=1e3,30,1"], ["data.split = '1e3,30,1'", "not three plain numbers"]),
+        (["data.split=nan,1,1"], ["data.split = 'nan,1,1'", "not three plain numbers"]),
         (["data={blend: a, split: '1,0,0'}"], ["leaves nothing for validation"]),
         (["data={blend: a, split: '0,1,0'}"], ["leaves nothing for training"]),
         (["model.rope_scaling={high_freq_factor: 1}"], ["not above low_freq_factor = 1.0"]),

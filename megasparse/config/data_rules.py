@@ -22,7 +22,8 @@ def _data(cfg: Config) -> Iterator[Problem]:
     try:
         weights = data.split_weights
     except ValueError:
-        yield Problem("data.split", "not three numbers >= 0 separated by commas", 'for example "969,30,1"', data.split)
+        rule = "not three plain numbers >= 0 separated by commas"
+        yield Problem("data.split", rule, 'for example "969,30,1"', data.split)
     else:
         if data.blend and weights[0] == 0:
             yield Problem("data.split", "leaves nothing for training", 'for example "969,30,1"', data.split)

@@ -7,6 +7,7 @@ than one key is checked in `rules.py`. Paths are relative to the working directo
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -216,9 +217,13 @@ class DataConfig(Section):
 
     @property
     def split_weights(self) -> tuple[float, float, float]:
-        """`split` as three fractions of sum one. Raises ValueError where it is not three numbers >= 0."""
-        parts = [float(part) for part in self.split.split(",")]
-        if len(parts) != 3 or min(parts) < 0 or sum(parts) <= 0:
+        """`split` as three fractions of sum one. Raises ValueError where it is not three numbers >= 0, in plain digits:
+        Megatron makes two numbers of 1e3."""
+        texts = self.split.split(",")
+        if not all(re.fullmatch(r"\s*\+?[.0-9]+\s*", text) for text in texts):
+            raise ValueError(self.split)
+        parts = [float(text) for text in texts]
+        if len(parts) != 3 or sum(parts) <= 0:
             raise ValueError(self.split)
         return parts[0] / sum(parts), parts[1] / sum(parts), parts[2] / sum(parts)
 
