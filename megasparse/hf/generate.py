@@ -53,6 +53,9 @@ def _run(args: argparse.Namespace) -> int:
         except AccelerateError as error:
             raise AccelerateError(f"{args.model}: {error}; --dense generates without it") from None
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    end = tokenizer.eos_token
+    if end is not None and ids[:, -1:].tolist() == [[tokenizer.eos_token_id]] and not prompt.endswith(end):
+        ids = ids[:, :-1]  # some tokenizers put an end to every text, and this one is to go on
     limit = getattr(model.config, "max_position_embeddings", None)
     if ids.shape[1] == 0:
         raise GenerateError("--prompt: has no tokens; give some text")

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from megasparse.cli import main
@@ -69,6 +71,23 @@ def test_of_the_settings_that_a_model_brings_only_its_ends_count(
     settings["eos_token_id"] = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(first)
     (model / "generation_config.json").write_text(json.dumps(settings))
     assert "then 1 tokens" in here(capsys, model, *command)[2]
+
+
+def test_the_end_that_a_tokenizer_puts_to_every_text_is_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model would begin another document."""
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = "<|endoftext|>"
+    tokenizer.post_processor = TemplateProcessing(f"$A {end}", f"$A {end} $B {end}", [(end, 0)])
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert AutoTokenizer.from_pretrained(model)("w7")["input_ids"] == [7, 0]
+    command = ("--prompt", "w7", "--max-new-tokens", 6)
+    assert here(capsys, model, *command)[:2] == here(capsys, folder, *command)[:2]
+    assert "prompt: 1 tokens" in here(capsys, model, *command)[2]
+    assert "--prompt: has no tokens" in here(capsys, model, "--prompt", "")[2]
 
 
 def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
