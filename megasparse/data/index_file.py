@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from array import array
 from collections.abc import Sequence
@@ -88,6 +89,18 @@ def damage(prefix: str) -> str | None:
     if actual != counted:
         return f"{tokens} has {actual} bytes, and its index counts {counted}"
     return None
+
+
+def fingerprint(prefix: str, blocks: int = 16, length: int = 1 << 16) -> str:
+    """Of the lengths of all documents of a data set that is whole: the sizes of its files, and `blocks` parts of its
+    index of `length` bytes. Where each document begins is in it, so that one length that changes changes much of it."""
+    size = Path(prefix + ".idx").stat().st_size
+    digest = hashlib.sha256(f"{size} {Path(prefix + '.bin').stat().st_size}".encode())
+    with Path(prefix + ".idx").open("rb") as index:
+        for block in range(blocks):
+            index.seek(max(0, size - length) * block // (blocks - 1))
+            digest.update(index.read(length))
+    return digest.hexdigest()[:16]
 
 
 def largest_token(prefix: str, blocks: int = 16, length: int = 1 << 14) -> int:

@@ -31,6 +31,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megasparse.config import Config, ConfigError, Problem, check_files, dump_config, load_config
 from megasparse.config.inputs import describe_data
+from megasparse.data.index_file import fingerprint
 from megasparse.ranks import StorageError, on_every_rank, on_first_rank, this_rank
 
 log = logging.getLogger("megasparse")
@@ -51,6 +52,14 @@ class TokenizerFacts:
     def unique_identifiers(self) -> dict[str, int]:
         """Goes into the names of the cached indices."""
         return {"vocab_size": self.vocab_size, "eod": self.eod}
+
+
+class Samples(GPTDataset):
+    """GPTDataset that finds the cached indices of these very documents. Megatron looks for those of their path, which
+    may be relative, and may have held other documents when they were built."""
+
+    def __init__(self, documents: Any, path: str, *rest: Any) -> None:
+        super().__init__(documents, f"{path} {fingerprint(path)}", *rest)  # the path goes into their names alone
 
 
 class Datasets(NamedTuple):
@@ -158,7 +167,7 @@ def _open(cfg: Config, cache: Path, train: bool) -> Datasets:
     sizes = [cfg.training.steps * cfg.training.global_batch_size, validation_samples(cfg), 0]
     try:
         with _saved_whole(), _waiting_for_nobody():
-            built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # type: ignore[arg-type]
+            built = BlendedMegatronDatasetBuilder(Samples, sizes, lambda: True, config).build()  # type: ignore[arg-type]
     except OSError as error:
         what = f"reading the data, or writing its sample indices to {cache}, failed"
         raise StorageError(f"{this_rank()}: {what} ({error}); make room, or choose another data.cache_dir") from error

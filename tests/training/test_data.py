@@ -427,6 +427,27 @@ def test_an_index_cut_short_is_built_again(tmp_path: Path, data_folder: Path) ->
     assert not list((tmp_path / "run" / "cache").glob("*.part"))
 
 
+def read_before_and_after(data: dict[str, Any]) -> list[list[int]]:
+    """Tokens of the validation samples of a data set, of another in its place, and of that with a cache of its own."""
+    prefix = data["data"]["valid"]
+    found = []
+    for documents, cache in ((200, "cache"), (20, "cache"), (20, "other")):
+        write_data(Path(prefix), documents, seed=documents)
+        cfg = parse_config(data, [f"data.cache_dir={prefix}-{cache}"])
+        valid = datasets.build_datasets(cfg, train=False).valid
+        found.append(torch.cat([valid[i]["tokens"] for i in range(datasets.validation_samples(cfg))]).tolist())
+    return found
+
+
+def test_indices_are_those_of_the_data_that_is_there(tmp_path: Path) -> None:
+    """Written anew, or found under the same relative path from another working directory."""
+    data = configuration(tmp_path / "run", "", training={"eval_steps": 10})
+    prefix = str(tmp_path / "held-out")
+    data["data"] = {"train": prefix, "valid": prefix, "sequence_length": 16, "num_workers": 0}
+    before, after, expected = run_distributed(1, "tests.training.test_data:read_before_and_after", data)[0]
+    assert after == expected != before
+
+
 def test_the_command_that_builds_indices_explains_mistakes(tmp_path: Path, data_folder: Path) -> None:
     def build(prefix: Path) -> subprocess.CompletedProcess[str]:
         config = tmp_path / "config.yaml"
