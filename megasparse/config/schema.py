@@ -37,7 +37,9 @@ Blend = Annotated[tuple[tuple[PositiveFloat, str], ...], Field(min_length=1), Be
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class RopeScaling(Section):

@@ -231,6 +231,14 @@ def _l1(cfg: Config) -> Iterator[Problem]:
             "set it later",
             l1.decay_start_step,
         )
+    elif l1.decay_start_step is None and (l1.decay_steps or l1.decay_to):
+        key = "decay_steps" if l1.decay_steps else "decay_to"
+        yield Problem(
+            f"sparsity.l1.{key}",
+            "means nothing without sparsity.l1.decay_start_step",
+            "say at which step the coefficient starts to fall, or leave it out",
+            getattr(l1, key),
+        )
 
 
 RULES = (_recompute, _cuda_graphs, _fp8, _schedule, _l1)
