@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tests.launch import run_distributed
-from tests.megatron.cases import Arrays, assemble
+from tests.megatron.tiny_model import Arrays, assemble
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

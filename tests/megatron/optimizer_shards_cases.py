@@ -21,7 +21,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 
 from megasparse.megatron.optimizer_shards import STATES, OwnShards, save_own_shards
 from megasparse.training.save_helper import start_save_helper
-from tests.megatron.cases import Model, _optimizer, _state, make_config, start
+from tests.megatron.cases import _optimizer, _state
+from tests.megatron.tiny_model import Model, make_config, start
 
 WAYS = ("megatron", "pieces")
 """Who reads or writes: Megatron's own methods, or ours."""

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from megasparse.megatron import iter_sparse_mlps
 from megasparse.mlp import steps
-from tests.megatron.cases import Model, make_config, start
+from tests.megatron.tiny_model import Model, make_config, start
 
 SEQUENCE, BATCH = 256, 2
 

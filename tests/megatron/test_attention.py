@@ -10,8 +10,8 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megasparse.megatron.attention import SDPAttention
 from megasparse.megatron.model import transformer_config
-from tests.megatron.cases import SEQUENCE, document_mask, make_config
 from tests.megatron.helpers import assert_close, run_gradients
+from tests.megatron.tiny_model import SEQUENCE, document_mask, make_config
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:

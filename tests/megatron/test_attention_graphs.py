@@ -8,8 +8,8 @@ import torch
 
 from megasparse.megatron.attention_graphs import _alias, _exchanged
 from tests.launch import run_distributed
-from tests.megatron.cases import assemble
 from tests.megatron.helpers import LAYOUTS, assert_close, run_gradients
+from tests.megatron.tiny_model import assemble
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tests.launch import run_distributed
-from tests.megatron.cases import Arrays, assemble
 from tests.megatron.helpers import LAYOUTS, assert_close
+from tests.megatron.tiny_model import Arrays, assemble
 
 
 def train(layout: str, dense: bool, sharded: bool, steps: list[int], **files: str) -> tuple[list[float], Arrays]:

@@ -6,8 +6,8 @@ import torch
 
 from megasparse.megatron.init import fill_normal, global_name, shard_rows
 from tests.launch import run_distributed
-from tests.megatron.cases import Arrays, assemble
 from tests.megatron.helpers import LAYOUTS
+from tests.megatron.tiny_model import Arrays, assemble
 
 
 def weights(layout: str, **config: object) -> Arrays:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.launch import run_distributed
-from tests.megatron.cases import Arrays
 from tests.megatron.helpers import LAYOUTS, assert_close, run_gradients
+from tests.megatron.tiny_model import Arrays
 
 COEFF = [1e-2, 3e-3, 2e-2, 5e-3]  # one for each layer: none may take another's
 TOLERANCE = 1e-5

@@ -15,8 +15,8 @@ from megasparse.megatron import layer_spec, spec, transformer_config
 from megasparse.megatron.norm import Norm
 from megasparse.megatron.sparse_mlp import SparseMLP, _check
 from tests.launch import run_distributed
-from tests.megatron.cases import dense_mlp, make_config
 from tests.megatron.helpers import LAYOUTS, run_gradients
+from tests.megatron.tiny_model import dense_mlp, make_config
 
 
 @pytest.mark.parametrize(

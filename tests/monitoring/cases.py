@@ -18,7 +18,7 @@ from megasparse.monitoring.monitor import Monitor
 from megasparse.monitoring.record import read_records
 from megasparse.training.callbacks import Metrics, TrainState
 from megasparse.training.l1 import L1Controller
-from tests.megatron.cases import SEQUENCE, Model, make_config, start
+from tests.megatron.tiny_model import SEQUENCE, Model, make_config, start
 
 
 @dataclass
