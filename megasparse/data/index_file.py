@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,15 +91,23 @@ def damage(prefix: str) -> str | None:
     return None
 
 
+def parts_of(file: Path, blocks: int, length: int, unit: int = 1) -> Iterator[bytes]:
+    """`blocks` parts of `length` units of `unit` bytes, at equal distances, first and last included; where the file is
+    so short that some are the same, each once."""
+    last = max(0, file.stat().st_size // unit - length)
+    with file.open("rb") as stream:
+        for start in sorted({last * block // (blocks - 1) for block in range(blocks)}):
+            stream.seek(start * unit)
+            yield stream.read(length * unit)
+
+
 def fingerprint(prefix: str, blocks: int = 16, length: int = 1 << 16) -> str:
     """Of the lengths of all documents of a data set that is whole: the sizes of its files, and `blocks` parts of its
     index of `length` bytes. Where each document begins is in it, so that one length that changes changes much of it."""
-    size = Path(prefix + ".idx").stat().st_size
-    digest = hashlib.sha256(f"{size} {Path(prefix + '.bin').stat().st_size}".encode())
-    with Path(prefix + ".idx").open("rb") as index:
-        for block in range(blocks):
-            index.seek(max(0, size - length) * block // (blocks - 1))
-            digest.update(index.read(length))
+    index, tokens = Path(prefix + ".idx"), Path(prefix + ".bin")
+    digest = hashlib.sha256(f"{index.stat().st_size} {tokens.stat().st_size}".encode())
+    for part in parts_of(index, blocks, length):
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 
@@ -108,13 +116,5 @@ def largest_token(prefix: str, blocks: int = 16, length: int = 1 << 14) -> int:
     with Path(prefix + ".idx").open("rb") as index:
         kind = _HEADER.unpack(index.read(_HEADER.size))[2]
     dtype = np.dtype(_TYPES[kind - 1])
-    tokens = Path(prefix + ".bin")
-    count = tokens.stat().st_size // dtype.itemsize
-    if count == 0:
-        return -1
-    largest = 0
-    with tokens.open("rb") as file:
-        for start in {max(0, count - length) * block // (blocks - 1) for block in range(blocks)}:
-            file.seek(start * dtype.itemsize)
-            largest = max(largest, int(np.frombuffer(file.read(length * dtype.itemsize), dtype).max()))
-    return largest
+    parts = parts_of(Path(prefix + ".bin"), blocks, length, dtype.itemsize)
+    return max((int(np.frombuffer(part, dtype).max()) for part in parts if part), default=-1)

@@ -19,6 +19,7 @@ import torch
 import megasparse
 from megasparse.config import Config, ConfigError, LoadedConfig, check_files, load_with_origins
 from megasparse.config.inputs import existing_parent
+from megasparse.data.index_file import parts_of
 from megasparse.host import host_name, installed_version
 from megasparse.monitoring.nvml import open_device
 from megasparse.training.checkpoint_files import leftover_bytes
@@ -137,14 +138,7 @@ def data_hashes(cfg: Config) -> dict[str, str]:
 
 
 def _file_hash(path: Path) -> str:
-    size = path.stat().st_size
-    last = max(0, size - BLOCK)
-    parts = []
-    with path.open("rb") as file:
-        for index in range(BLOCKS):
-            file.seek(last * index // (BLOCKS - 1))
-            parts.append(file.read(BLOCK))
-    return f"{size} {_digest(*parts)}"
+    return f"{path.stat().st_size} {_digest(*parts_of(path, BLOCKS, BLOCK))}"
 
 
 def storage(cfg: Config) -> list[dict[str, Any]]:
