@@ -77,8 +77,8 @@ def _rope(cfg: Config) -> Iterator[Problem]:
 
 def _pipeline(cfg: Config) -> Iterator[Problem]:
     parallel, layers = cfg.parallel, cfg.model.num_layers
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if (parallel.virtual_pipeline or 1) > 1 and parallel.pipeline == 1:
+    chunks = parallel.pipeline * parallel.chunks
+    if parallel.chunks > 1 and parallel.pipeline == 1:
         yield Problem(
             "parallel.virtual_pipeline",
             "model chunks are interleaved between stages, and parallel.pipeline is 1",
@@ -86,7 +86,7 @@ def _pipeline(cfg: Config) -> Iterator[Problem]:
             parallel.virtual_pipeline,
         )
     elif layers % chunks:
-        product = f"{parallel.pipeline} x {parallel.virtual_pipeline or 1} = {chunks}"
+        product = f"{parallel.pipeline} x {parallel.chunks} = {chunks}"
         yield Problem(
             "model.num_layers",
             f"not a multiple of parallel.pipeline x virtual_pipeline = {product}",

@@ -20,7 +20,7 @@ def _world(cfg: Config, world_size: int) -> Iterator[Problem]:
         yield from error.problems
         return
     parallel = cfg.parallel
-    if (parallel.virtual_pipeline or 1) > 1 and micro_batches % parallel.pipeline:
+    if parallel.chunks > 1 and micro_batches % parallel.pipeline:
         yield Problem(
             "training.global_batch_size",
             f"gives {micro_batches} micro-batches per step; the interleaved "

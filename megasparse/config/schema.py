@@ -170,6 +170,11 @@ class ParallelConfig(Section):
         """Ranks that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def chunks(self) -> int:
+        """Model chunks of a pipeline stage; more than one are interleaved."""
+        return self.virtual_pipeline or 1
+
     def data_parallel_size(self, world_size: int) -> int:
         if world_size < 1 or world_size % self.model_size:
             raise ConfigError(
@@ -392,6 +397,11 @@ class Config(Section):
     @property
     def max_position_embeddings(self) -> int:
         return self.model.max_position_embeddings or self.data.sequence_length
+
+    @property
+    def chunk_layers(self) -> int:
+        """Layers of a model chunk."""
+        return self.model.num_layers // (self.parallel.pipeline * self.parallel.chunks)
 
     @property
     def vocab_size(self) -> int:

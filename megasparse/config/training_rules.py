@@ -13,7 +13,7 @@ def _recompute(cfg: Config) -> Iterator[Problem]:
     training = cfg.training
     if training.recompute_layers is None:
         return
-    chunk = cfg.model.num_layers // (cfg.parallel.pipeline * (cfg.parallel.virtual_pipeline or 1))
+    chunk = cfg.chunk_layers
     if training.recompute != "full":
         yield Problem(
             "training.recompute_layers",

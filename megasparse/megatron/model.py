@@ -46,7 +46,7 @@ def transformer_config(cfg: Config) -> TransformerConfig:
     use_te = resolve_implementation(model.implementation) == "te"
     bf16 = training.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    chunks = parallel.virtual_pipeline if (parallel.virtual_pipeline or 1) > 1 else None
+    chunks = parallel.chunks if parallel.chunks > 1 else None
     if training.recompute == "full":
         # "uniform" in units of one layer recomputes all of them; "block" recomputes the first so many.
         options["recompute_method"] = "block" if training.recompute_layers else "uniform"

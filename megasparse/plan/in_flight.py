@@ -19,7 +19,7 @@ class InFlight:
 
 def in_flight(cfg: Config, stage: int, micro_batches: int) -> InFlight:
     """Goes through the stage's schedule: 1F1B, or interleaved (Megatron-Core's pipeline_parallel/schedules.py)."""
-    pipeline, chunks = cfg.parallel.pipeline, cfg.parallel.virtual_pipeline or 1
+    pipeline, chunks = cfg.parallel.pipeline, cfg.parallel.chunks
     before_first_backward = pipeline - stage - 1
     if chunks > 1:  # chunk by chunk, for groups of as many micro-batches as there are stages
         before_first_backward = 2 * before_first_backward + (chunks - 1) * pipeline

@@ -64,7 +64,7 @@ def stage_memory(
     flight = in_flight(cfg, stage, micro_batches)
 
     def activations(mlp: int) -> int:
-        total = flight.at_once * chunk_layers(cfg) * _layer_saved(cfg, mlp)
+        total = flight.at_once * cfg.chunk_layers * _layer_saved(cfg, mlp)
         if cfg.training.recompute == "full":  # the layer being recomputed holds everything at once
             total += _layer_everything(cfg, mlp)
         if first:
@@ -90,7 +90,7 @@ def _overhead(cfg: Config, world_size: int) -> int:
     parallel = cfg.parallel
     data = parallel.data_parallel_size(world_size)
     sizes = {"data": data, "tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline}
-    pending = PENDING_TRANSFERS * _residual(cfg) if (parallel.virtual_pipeline or 1) > 1 else 0
+    pending = PENDING_TRANSFERS * _residual(cfg) if parallel.chunks > 1 else 0
     return OVERHEAD + pending + sum(COMMUNICATORS[kind] for kind, size in sizes.items() if size > 1)
 
 
@@ -103,7 +103,7 @@ def _graphs(cfg: Config, flight: InFlight) -> float:
     interleaving) and on layers of 13B and 70B (TP 2); on 0.5B under CP 2 what that adds, in keys and values.
     """
     captured, tensor = sum(flight.of_chunk), cfg.parallel.tensor
-    idle = (captured - flight.at_once) * chunk_layers(cfg) * _attention_part(cfg)
+    idle = (captured - flight.at_once) * cfg.chunk_layers * _attention_part(cfg)
     states = captured * (1.5 + 2 / tensor) + 10.5 / tensor
     weights = count_parameters(cfg).attention_per_layer // tensor  # their gradients
     temporaries = (states * _tokens(cfg) * cfg.model.hidden_size + weights) * _element(cfg)
@@ -135,11 +135,6 @@ def _residual(cfg: Config) -> int:
     """Bytes of one residual-stream tensor of a micro-batch."""
     share = cfg.parallel.tensor if cfg.parallel.sequence_parallel else 1
     return _tokens(cfg) // share * cfg.model.hidden_size * _element(cfg)
-
-
-def chunk_layers(cfg: Config) -> int:
-    """Layers of a model chunk: a stage has one, or `virtual_pipeline` of them."""
-    return cfg.model.num_layers // (cfg.parallel.pipeline * (cfg.parallel.virtual_pipeline or 1))
 
 
 def mlp_saved(cfg: Config, l0: float | None) -> int:
@@ -208,7 +203,7 @@ def _layer_saved(cfg: Config, mlp: int) -> float:
     training = cfg.training
     everything = _layer_everything(cfg, mlp)
     if training.recompute == "full":
-        share = (training.recompute_layers or chunk_layers(cfg)) / chunk_layers(cfg)
+        share = (training.recompute_layers or cfg.chunk_layers) / cfg.chunk_layers
         return share * _residual(cfg) + (1 - share) * everything
     if training.recompute == "selective":
         if "mlp" in training.recompute_modules:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megasparse.config import Config
-from megasparse.plan.memory import StageMemory, chunk_layers, mlp_saved, stage_memory
+from megasparse.plan.memory import StageMemory, mlp_saved, stage_memory
 from megasparse.plan.parameters import Parameters, count_parameters
 
 ASSUMED_DENSITY = 0.02
@@ -51,7 +51,6 @@ def make_plan(cfg: Config, world_size: int, l0: float | None = None) -> Plan:
     cfg.validate(world_size)
     parallel, training = cfg.parallel, cfg.training
     micro_batches = cfg.num_microbatches(world_size)
-    chunks = parallel.virtual_pipeline or 1
     tokens_per_step = training.global_batch_size * cfg.data.sequence_length
     l0 = assumed_l0(cfg) if l0 is None else l0
     dense, sparse = mlp_saved(cfg, None), mlp_saved(cfg, l0)
@@ -61,8 +60,8 @@ def make_plan(cfg: Config, world_size: int, l0: float | None = None) -> Plan:
         micro_batches=micro_batches,
         tokens_per_step=tokens_per_step,
         tokens_total=tokens_per_step * training.steps,
-        layers_per_chunk=chunk_layers(cfg),
-        bubble=(parallel.pipeline - 1) / (chunks * micro_batches),
+        layers_per_chunk=cfg.chunk_layers,
+        bubble=(parallel.pipeline - 1) / (parallel.chunks * micro_batches),
         parameters=count_parameters(cfg),
         assumed_l0=l0,
         mlp_saved_dense=dense,

@@ -120,7 +120,7 @@ def _layout(cfg: Config, plan: Plan, said: bool) -> Table:
     table.add_row("GPUs (ranks)", f"{plan.world_size}", smallest)
     product = f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {plan.data_parallel}"
     table.add_row("tensor x pipeline x context x data", product)
-    chunks = parallel.virtual_pipeline or 1
+    chunks = parallel.chunks
     layers = f"{plan.layers_per_chunk * chunks} layers" + (f" in {chunks} chunks" if chunks > 1 else "")
     table.add_row("a pipeline stage", layers, f"of {cfg.model.num_layers}")
     width = cfg.model.ffn_hidden_size // parallel.tensor

@@ -94,7 +94,7 @@ def layout(cfg: Config) -> dict[str, int]:
         "world": dist.get_world_size(),
         "tensor": cfg.parallel.tensor,
         "pipeline": cfg.parallel.pipeline,
-        "virtual_pipeline": cfg.parallel.virtual_pipeline or 1,
+        "virtual_pipeline": cfg.parallel.chunks,
         "context": cfg.parallel.context,
     }
 

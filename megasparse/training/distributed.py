@@ -99,9 +99,7 @@ def _make_groups(cfg: Config, device: torch.device) -> torch.device:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=cfg.parallel.tensor,
         pipeline_model_parallel_size=cfg.parallel.pipeline,
-        virtual_pipeline_model_parallel_size=cfg.parallel.virtual_pipeline
-        if (cfg.parallel.virtual_pipeline or 1) > 1
-        else None,
+        virtual_pipeline_model_parallel_size=cfg.parallel.chunks if cfg.parallel.chunks > 1 else None,
         context_parallel_size=cfg.parallel.context,
         distributed_timeout_minutes=cfg.parallel.timeout_minutes,  # type: ignore[arg-type]  # minutes of a timedelta
     )
