@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megasparse.config import parse_config
 from megasparse.hf.source import open_checkpoint
 from megasparse.training.checkpoint_files import examine, find_checkpoints, read_latest
 from tests.training.cases import configuration
@@ -127,14 +128,21 @@ def test_damaged_newest_checkpoint_is_passed_over(
     assert examine(newest) is None, "the damaged one was replaced by a good one"
 
 
+def killed_with_the_newest_damaged(helper: Helper, run: dict) -> Path:
+    """Runs into a kill after step 9; then the checkpoint of step 8 has other content, of the same size. The folder of
+    the checkpoints."""
+    root = parse_config(run).checkpoint_directory
+    assert helper.run(run, kill_after=9)["exit"] == [SIGKILL]
+    shard = next((root / "step_00000008").glob("*.distcp"))
+    shard.write_bytes(bytes(byte ^ 255 for byte in shard.read_bytes()))
+    return root
+
+
 def test_a_checkpoint_older_than_a_damaged_one_is_kept(tmp_path: Path, data_folder: Path, helper: Helper) -> None:
     """What cannot be loaded must not take the place of what was just saved."""
     run = configuration(tmp_path / "run", str(data_folder / "a"), checkpoint={"interval": 4, "keep_last": 1})
     run["checkpoint"]["keep_every"] = 4
-    root = tmp_path / "run" / "checkpoints"
-    assert helper.run(run, kill_after=9)["exit"] == [SIGKILL]
-    shard = next((root / "step_00000008").glob("*.distcp"))
-    shard.write_bytes(bytes(byte ^ 255 for byte in shard.read_bytes()))
+    root = killed_with_the_newest_damaged(helper, run)
     assert helper.run(run, stop_file_at=5)["exit"] == [75]
     assert read_latest(root) == "step_00000006"
     result = helper.run(run, kill_after=7)
@@ -145,10 +153,7 @@ def test_a_damaged_checkpoint_is_none_of_those_that_are_kept(tmp_path: Path, dat
     """Though the sizes of its files are right: `keep_last` good ones must be there for the next start."""
     run = configuration(tmp_path / "run", str(data_folder / "a"), checkpoint={"interval": 4, "keep_last": 2})
     run["training"]["steps"] = 10
-    root = tmp_path / "run" / "checkpoints"
-    assert helper.run(run, kill_after=9)["exit"] == [SIGKILL]
-    shard = next((root / "step_00000008").glob("*.distcp"))
-    shard.write_bytes(bytes(byte ^ 255 for byte in shard.read_bytes()))
+    root = killed_with_the_newest_damaged(helper, run)
     run["checkpoint"]["interval"] = 5
     assert helper.run(run)["exit"] == [0]
     assert [found.step for found in find_checkpoints(root)] == [10, 8, 5]
